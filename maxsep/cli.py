@@ -241,7 +241,7 @@ def _overridden(argv: Sequence[str]) -> list[str]:
 
 def _named(error: flags.Error) -> ConfigError:
     """absl's complaint; where it is about a config field's type, in the words of maxsep/config.py."""
-    match = re.match(r"flag --config\.([^=]*)=(.*): ", str(error))
+    match = re.match(r"flag --config\.([^=]*)=(.*?): ", str(error))
     if match is None:
         return ConfigError(str(error))
     (field,) = (f for f in fields() if f.path == match[1])

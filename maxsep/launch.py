@@ -116,8 +116,8 @@ def _check_memory(config: Config, devices: list) -> None:
         where = f"{_described(devices)} have"
     if need > have:
         raise ConfigError(
-            f"model: got {config.model.parameters / 1e9:.2f} B parameters, which need {need / 2**30:.0f} GiB for weights, "
-            f"gradients and moments; takes at most the {have / 2**30:.0f} GiB that {where}"
+            f"model: got {config.model.parameters / 1e9:.2f} B parameters; their weights, gradients and moments need "
+            f"{need / 2**30:.0f} GiB; takes at most the {have / 2**30:.0f} GiB that {where}"
         )
 
 
