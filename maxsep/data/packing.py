@@ -1,0 +1,158 @@
+"""From text to records: parts become files of tokens, in any number of processes; then they are packed, in order.
+
+All of it happens in one folder that is renamed when it is complete. `progress.json` there is written with every finished
+shard of records, and parts' token files come whole or not at all, so that a preparation that was cut off goes on there.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from maxsep.data import cache, tokenizer
+from maxsep.data.records import SHARD_TOKENS, id_dtype, write_shard
+from maxsep.data.sources import Source
+
+WRITE_TOKENS = 1 << 20  # tokens a worker holds before it writes them
+
+
+def pack(
+    folder: Path,
+    split: str,
+    source: Source,
+    parts: list,
+    tokenizer_name: str,
+    sequence_length: int,
+    max_tokens: int | None,
+    workers: int,
+    progress: Callable[[str], None],
+) -> dict:
+    """Packs a split's parts into shards below `folder`.
+
+    Returns: the split's entry in the manifest (`shards`, `tokens`, `documents`) and `counts`, int64 [vocab_size]: how
+    often each id is predicted.
+    """
+    tokens_of = _TokenFiles(folder / split, source, parts, tokenizer_name)
+    coder = _coder(tokenizer_name)
+    state_file = folder / f"{split}-progress.json"
+    state = {"shards": [], "part": 0, "offset": 0, "tokens": 0, "counts": [0] * coder.vocab_size}
+    if state_file.exists():
+        state = json.loads(state_file.read_bytes())
+    shards, tokens, first_part = state["shards"], state["tokens"], state["part"]
+    counts = np.array(state["counts"], np.int64)
+
+    def save_shard(length: int) -> None:
+        """Writes the first records of the stream, `length` targets of them."""
+        nonlocal stream
+        starts = range(0, length, sequence_length)
+        path = folder / f"{split}-{len(shards):05d}.array_record"
+        shards.append(write_shard(path, [stream[i : min(i + sequence_length, length) + 1] for i in starts]))
+        stream = stream[length:]
+
+    shard_length = max(1, SHARD_TOKENS // sequence_length) * sequence_length
+    stream = np.zeros(0, id_dtype(coder.vocab_size))
+    started, tokens_before = time.monotonic(), tokens
+    for number, part in tokens_of.in_order(first_part, workers):
+        # A resumed preparation counts the part it stopped in anew, so the state is that before the part.
+        before = {"part": number, "tokens": tokens, "counts": counts}
+        part = part[: None if max_tokens is None else max_tokens - tokens]
+        targets = part if tokens else part[1:]
+        counts = counts + np.bincount(targets, minlength=coder.vocab_size)
+        tokens += len(part)
+        stream = np.concatenate([stream, part[state["offset"] if number == first_part else 0 :]])
+        finished = len(shards)
+        while len(stream) > shard_length:
+            save_shard(shard_length)
+        if len(shards) > finished:
+            offset = len(part) - len(stream)
+            before["counts"] = before["counts"].tolist()
+            cache.write_json(state_file, {"shards": shards, "offset": offset} | before)
+            tokens_of.drop(number)
+        rate = (tokens - tokens_before) / max(time.monotonic() - started, 1e-3)
+        progress(f"  {split}: {tokens:,} tokens, part {number + 1} of {len(parts)}, {rate:,.0f} tokens/s")
+        if tokens == max_tokens:
+            break
+    if len(stream) > 1:
+        save_shard(len(stream) - 1)
+    tokens_of.drop(len(parts))
+    documents = int(counts[coder.end_of_text]) + (tokens == max_tokens and stream[-1] != coder.end_of_text)
+    return {"shards": shards, "tokens": tokens, "documents": documents, "counts": counts}
+
+
+class _TokenFiles:
+    """The tokens of every part, each in a file of its own until it is packed."""
+
+    def __init__(self, prefix: Path, source: Source, parts: list, tokenizer_name: str):
+        self._paths = [prefix.with_name(f"{prefix.name}-part-{n:06d}.tokens") for n in range(len(parts))]
+        self._jobs = list(zip([source] * len(parts), [tokenizer_name] * len(parts), parts, self._paths, strict=True))
+        self._dtype = id_dtype(_coder(tokenizer_name).vocab_size)
+
+    def in_order(self, first: int, workers: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and tokens of the parts from `first` on; the workers are a few parts ahead."""
+        numbers = range(first, len(self._jobs))
+        if workers == 1:
+            for number in numbers:
+                _tokenise(*self._jobs[number])
+                yield number, self._tokens(number)
+            return
+        # Not forked: whoever calls may have threads. Ctrl-C is the caller's to handle.
+        context = multiprocessing.get_context("spawn")
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore)
+        try:
+            ahead = collections.deque()
+            for number in numbers:
+                ahead.append((number, pool.submit(_tokenise, *self._jobs[number])))
+                if len(ahead) > 2 * workers:
+                    yield self._result(*ahead.popleft())
+            while ahead:
+                yield self._result(*ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _result(self, number: int, future: concurrent.futures.Future) -> tuple[int, np.ndarray]:
+        future.result()
+        return number, self._tokens(number)
+
+    def _tokens(self, number: int) -> np.ndarray:
+        path = self._paths[number]
+        return np.memmap(path, self._dtype, "r") if path.stat().st_size else np.zeros(0, self._dtype)
+
+    def drop(self, stop: int) -> None:
+        """Removes the files of the parts before `stop`: they are packed."""
+        while self._dropped < stop:
+            self._paths[self._dropped].unlink(missing_ok=True)
+            self._dropped += 1
+
+    _dropped = 0
+
+
+def _tokenise(source: Source, tokenizer_name: str, part, path: Path) -> None:
+    """Writes the part's tokens, each document's followed by the end of a text, unless that is done."""
+    if path.exists():
+        return
+    coder = _coder(tokenizer_name)
+    dtype = id_dtype(coder.vocab_size)
+    partial = path.with_suffix(".partial")
+    ids = []
+    with open(partial, "wb") as file:
+        for text, ends in source.read(part):
+            if text:
+                ids += coder.encode(text)
+                if ends:
+                    ids.append(coder.end_of_text)
+            if len(ids) > WRITE_TOKENS:
+                file.write(np.array(ids, dtype).tobytes())
+                ids.clear()
+        file.write(np.array(ids, dtype).tobytes())
+    partial.replace(path)
+
+
+_coder = functools.cache(tokenizer.load)

@@ -1,0 +1,167 @@
+"""Prepared text: fixed records of token ids in array_record shards, with a manifest.
+
+Documents, each followed by the end of a text, make one stream of tokens a split. Record i is `stream[i*S : i*S + S+1]`:
+S inputs and their S targets. Neighbours share a token, so every token but the first is predicted exactly once; the last
+record is shorter, and padded with -1 when it is read. A record is stored as the bytes of its ids, uint16 where they fit.
+
+    manifest.json     format, sequence length, tokenizer, source, counts, and every shard's file, size and checksum
+    train-00000.array_record, ..., eval-00000.array_record, ...
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import SupportsIndex
+
+import numpy as np
+
+FORMAT = 1
+PAD = -1
+SHARD_TOKENS = 1 << 25
+_OPTIONS = "group_size:1,zstd:1"  # a record can be read alone; zstd's quickest level halves the size
+
+
+class Damaged(Exception):
+    """Prepared data that is not as it was written."""
+
+
+class Records:
+    """The records of a split, read by index; safe to share between threads.
+
+    `len(records)`; `records[i]`: int32 [sequence_length + 1], PAD (-1) after the last token; `targets`: how many tokens
+    are predicted in all.
+    """
+
+    def __init__(self, folder: Path, split: dict, sequence_length: int, dtype: np.dtype):
+        self.targets = split["tokens"] - 1
+        self.documents = split["documents"]
+        self.sequence_length = sequence_length
+        self._dtype = dtype
+        self._paths = [folder / shard["file"] for shard in split["shards"]]
+        self._ends = list(itertools.accumulate(shard["records"] for shard in split["shards"]))
+        self._readers = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
+        index = index.__index__()
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index)
+        first = self._ends[shard - 1] if shard else 0
+        record = np.full(self.sequence_length + 1, PAD, np.int32)
+        tokens = self._read(shard, index - first)
+        record[: len(tokens)] = tokens
+        return record
+
+    def _read(self, shard: int, index: int) -> np.ndarray:
+        path = self._paths[shard]
+        if shard not in self._readers:
+            # Two threads may both open it; one reader is then dropped.
+            self._readers[shard] = open_shard(path)
+        try:
+            return np.frombuffer(self._readers[shard].read([index])[0], self._dtype)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise Damaged(
+                f"{path}: record {index} is damaged ({error}); delete the folder to prepare it anew"
+            ) from None
+
+
+class Corpus:
+    """What a run learns from: `train` and `eval` records, and what made them.
+
+    `fingerprint`: a hash of all tokens of both splits, the tokenizer and the sequence length. `unigram_entropy`: nats a
+    token, of the held-out targets under add-one counts of the training split's targets over the tokenizer's ids.
+    """
+
+    def __init__(self, folder: Path, tokenizer):
+        manifest = read_manifest(folder)
+        dtype = id_dtype(tokenizer.vocab_size)
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.train = Records(folder, manifest["train"], manifest["sequence_length"], dtype)
+        self.eval = Records(folder, manifest["eval"], manifest["sequence_length"], dtype)
+        self.fingerprint = manifest["fingerprint"]
+        self.unigram_entropy = manifest["unigram_entropy"]
+        self.source = manifest["source"]["description"]
+
+    @property
+    def description(self) -> str:
+        """One line for the console."""
+        train, held_out = self.train, self.eval
+        return (
+            f"{self.source}: {train.targets + 1:,} tokens of {train.documents:,} documents to train on, "
+            f"{held_out.targets + 1:,} of {held_out.documents:,} held out"
+        )
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a prepared folder, once every shard is there with its size and number of records.
+
+    Raises:
+        Damaged: the folder is not as it was written.
+    """
+    path = folder / "manifest.json"
+    try:
+        content = json.loads(path.read_bytes())
+        check = content.pop("checksum")
+    except (OSError, ValueError, KeyError) as error:
+        raise Damaged(f"{path} is damaged ({error})") from None
+    if check != checksum(content):
+        raise Damaged(f"{path} is damaged (its checksum differs)")
+    for shard in content["train"]["shards"] + content["eval"]["shards"]:
+        check_shard(folder, shard)
+    return content
+
+
+def check_shard(folder: Path, shard: dict) -> None:
+    """Compares size and number of records, which costs no reading.
+
+    Raises:
+        Damaged: the file is missing, or they differ.
+    """
+    path = folder / shard["file"]
+    size = path.stat().st_size if path.exists() else None
+    if size != shard["bytes"]:
+        raise Damaged(f"{path} is damaged ({'missing' if size is None else f'{size} bytes'}, not {shard['bytes']})")
+    try:
+        count = open_shard(path).num_records()
+    except (RuntimeError, ValueError) as error:
+        raise Damaged(f"{path} is damaged ({error})") from None
+    if count != shard["records"]:
+        raise Damaged(f"{path} is damaged ({count} records, not {shard['records']})")
+
+
+def checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def open_shard(path: Path):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
+
+
+def write_shard(path: Path, records: list[np.ndarray]) -> dict:
+    """Writes the records, whole or not at all. Returns the shard's entry in the manifest."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    digest = hashlib.sha256()
+    partial = path.with_name(path.name + ".partial")
+    writer = ArrayRecordWriter(str(partial), _OPTIONS)
+    for record in records:
+        content = record.tobytes()
+        digest.update(content)
+        writer.write(content)
+    writer.close()
+    partial.replace(path)
+    shard = {"file": path.name, "records": len(records), "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    check_shard(path.parent, shard)  # a full disk would show here
+    return shard

@@ -1,0 +1,31 @@
+"""Where text comes from: the sources behind `data.source`, all with the same methods.
+
+- `description`: for the console; `bytes`: the text's size, roughly;
+- `fingerprint(log)`: a hash that is another one when the text is;
+- `prepare(log)`: what has to be done once before reading;
+- `splits(split, eval_split) -> (parts, parts)`: the training and the held-out text in parts. Which these are depends on
+  the source alone, so that any number of processes makes the same records of them;
+- `read(part) -> iterator of (text, ends)`: the part's text in order; `ends` where a document does.
+"""
+
+from pathlib import Path
+
+from maxsep.config import DataConfig
+from maxsep.data import tfds_source
+from maxsep.data.files_source import FilesSource
+from maxsep.data.tfds_source import DocstringsSource, TfdsSource
+
+Source = DocstringsSource | TfdsSource | FilesSource
+
+
+def find(data: DataConfig, cache_folder: Path) -> Source:
+    """The source that the config names.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    if data.source == "docstrings":
+        return DocstringsSource(cache_folder)
+    if data.source == "tfds":
+        return tfds_source.find(data.path, data.name)
+    return FilesSource(data.path, cache_folder)

@@ -1,0 +1,177 @@
+"""Prepares text for training: `python -m maxsep.prepare --config=configs/NAME.py [--workers=N]`.
+
+Tokenises the config's data in several processes and packs it into records below `data.cache`. What was finished is kept
+when it is interrupted: the same command goes on there. `train.py` prepares what is small by itself.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from maxsep.config import Config, ConfigError, DataConfig
+from maxsep.data import cache, packing, sources, tokenizer
+from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
+
+LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
+RATE = 1_000_000  # tokens/s that a process prepares, roughly
+BYTES_A_TOKEN = 4  # of English text in GPT-2's tokens, roughly
+
+
+def ensure(config: Config, log: Callable[[str], None]) -> Corpus:
+    """The config's corpus: opened where it is prepared, else prepared now if it is small.
+
+    Raises:
+        ConfigError: data that is not there or cannot be read, or so much that it has to be prepared ahead.
+    """
+    return _Preparation(config, log).open_or_prepare(1, _seldom(log, 5), LARGE)
+
+
+class _Preparation:
+    def __init__(self, config: Config, log: Callable[[str], None]):
+        data = config.data
+        self.config, self.log = config, log
+        self.tokenizer = tokenizer.load(data.tokenizer)
+        ids = self.tokenizer.vocab_size
+        if config.model.vocab_size < ids:
+            takes = f"at least {ids}, as data.tokenizer is {data.tokenizer}"
+            raise ConfigError(f"model.vocab_size: got {config.model.vocab_size}; takes {takes}")
+        self.cache = cache.root(data.cache)
+        self.source = sources.find(data, self.cache)
+
+    def open_or_prepare(self, workers: int, progress: Callable[[str], None], limit: float) -> Corpus:
+        """The corpus, prepared if it is missing, damaged, and has at most about `limit` tokens."""
+        tokens = self.estimate()
+        if tokens > limit and not self.source.quick_fingerprint():
+            raise self.too_large(tokens)
+        folder = self.folder()
+        if corpus := self.open(folder):
+            return corpus
+        if tokens > limit:
+            raise self.too_large(tokens)
+        with cache.locked(folder, self.log):
+            corpus = self.open(folder)  # another process may have prepared it meanwhile
+            if corpus is None:
+                self.prepare(folder, workers, progress)
+                corpus = Corpus(folder, self.tokenizer)
+        return corpus
+
+    def folder(self) -> Path:
+        """Where the corpus belongs, named by a hash of all that decides its records."""
+        data = self.config.data
+        limits = (data.sequence_length, data.split, data.eval_split, data.max_tokens, data.eval_max_tokens)
+        key = (FORMAT, self.tokenizer.fingerprint, self.source.fingerprint(self.log), limits)
+        return self.cache / "records" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+    def open(self, folder: Path) -> Corpus | None:
+        if not folder.exists():
+            return None
+        try:
+            return Corpus(folder, self.tokenizer)
+        except Damaged as error:
+            self.log(f"{error}; preparing it anew")
+            return None
+
+    def prepare(self, folder: Path, workers: int, progress: Callable[[str], None]) -> None:
+        data = self.config.data
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            self.source.prepare(self.log)
+            parts = self.source.splits(data.split, data.eval_split)
+            self.log(f"preparing {self.source.description}, with the tokenizer {data.tokenizer}")
+            manifest = {}
+            for split, pieces, most in zip(
+                ("train", "eval"), parts, (data.max_tokens, data.eval_max_tokens), strict=True
+            ):
+                manifest[split] = packing.pack(
+                    partial, split, self.source, pieces, data.tokenizer, data.sequence_length, most, workers, progress
+                )
+            self.check(manifest["train"]["tokens"], manifest["eval"]["tokens"])
+        except ConfigError:
+            if not any(partial.glob("*.array_record")):
+                shutil.rmtree(partial)
+            raise
+        manifest = self.describe(manifest)
+        cache.write_json(partial / "manifest.json", manifest | {"checksum": checksum(manifest)})
+        for file in partial.glob("*-progress.json"):
+            file.unlink()
+        partial.rename(folder)
+
+    def check(self, train_tokens: int, eval_tokens: int) -> None:
+        length, data = self.config.data.sequence_length, self.config.data
+        if train_tokens <= length:
+            takes = f"less than the {train_tokens} tokens of the training split"
+            raise ConfigError(f"data.sequence_length: got {length}; takes {takes}")
+        if eval_tokens < 2:
+            raise ConfigError(f"data.eval_split: got {data.eval_split}, which holds no text; takes a split with some")
+
+    def describe(self, splits: dict) -> dict:
+        """The manifest of the packed splits, without its checksum."""
+        data = self.config.data
+        train, held_out = splits["train"].pop("counts"), splits["eval"].pop("counts")
+        identity = {"tokenizer": self.tokenizer.fingerprint, "sequence_length": data.sequence_length}
+        shards = [[shard["sha256"] for shard in splits[name]["shards"]] for name in ("train", "eval")]
+        source = {"kind": data.source, "description": self.source.description}
+        return identity | {
+            "format": FORMAT,
+            "fingerprint": checksum(identity | {"shards": shards}),
+            "source": source | {"fingerprint": self.source.fingerprint(self.log)},
+            "split": data.split,
+            "eval_split": data.eval_split,
+            "unigram_entropy": unigram_entropy(train, held_out),
+            **splits,
+        }
+
+    def estimate(self) -> int:
+        """Tokens to prepare, roughly."""
+        data = self.config.data
+        tokens = self.source.bytes // (1 if data.tokenizer == "bytes" else BYTES_A_TOKEN)
+        held_out = tokens // 10
+        return min(tokens - held_out, data.max_tokens or tokens) + min(held_out, data.eval_max_tokens or tokens)
+
+    def too_large(self, tokens: int) -> ConfigError:
+        workers = os.cpu_count() or 1
+        minutes = max(1, round(tokens / RATE / workers / 60))
+        gigabytes = tokens * packing.id_dtype(self.tokenizer.vocab_size).itemsize / 1e9
+        flags = [
+            f"--config.data.{f.name}={getattr(self.config.data, f.name)}"
+            for f in dataclasses.fields(DataConfig)
+            if getattr(self.config.data, f.name) != f.default
+        ]
+        command = ["python", "-m", "maxsep.prepare", f"--config=configs/{self.config.name}.py", *flags]
+        return ConfigError(
+            f"data.path: {self.source.description} is not prepared: about {tokens / 1e9:.1f} B tokens, "
+            f"{gigabytes:.1f} GB of disk, {minutes} minutes on {workers} cores; first run: {shlex.join(command)}"
+        )
+
+
+def unigram_entropy(train_counts: np.ndarray, eval_counts: np.ndarray) -> float:
+    """Nats a token of the held-out tokens, under the training tokens' frequencies with one added to every count.
+
+    Args: int64 [vocab_size] each, how often an id is predicted.
+    """
+    share = (train_counts + 1) / (train_counts.sum() + len(train_counts))
+    return float(-(eval_counts * np.log(share)).sum() / eval_counts.sum())
+
+
+def _seldom(log: Callable[[str], None], seconds: float) -> Callable[[str], None]:
+    """Lets a line through once in so many seconds."""
+    last = time.monotonic()
+
+    def line(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            log(text)
+
+    return line
