@@ -113,7 +113,7 @@ def parse(
     overridden = _overridden(argv)
     try:
         if default_config is not None:
-            config_dict = to_config_dict(load_config(path or str(REPOSITORY / default_config)))
+            config_dict = to_config_dict(load_config(str(REPOSITORY / default_config) if path is None else path))
             config_flags.DEFINE_config_dict("config", config_dict, flag_values=values, sys_argv=argv)
         elif path is not None or overridden:
             raise ConfigError("--config: this command takes none")
@@ -142,7 +142,7 @@ def load_config(path: str) -> Config:
         ConfigError: no such file, an error in it, or an unknown or mistyped field.
     """
     if not Path(path).is_file():
-        raise ConfigError(f"--config: got {path}, which is no file; takes a file like configs/tiny.py")
+        raise ConfigError(f"--config: got {path!r}, which is no file; takes a file like configs/tiny.py")
     if str(REPOSITORY) not in sys.path:
         sys.path.append(str(REPOSITORY))  # for `from configs import base`, wherever the file lies
     try:
@@ -198,9 +198,9 @@ def help_text(
         text = re.sub(r"^<.*?>: ", "", flag.help)  # absl's list of choices
         lines += _entry(f"--{name}={value}", text if flag.default is None else f"{text} (default {flag.default})")
     if default_config is not None:
-        path = _take_config(argv)[0] or str(REPOSITORY / default_config)
-        config = load_config(path)
-        lines += ["", f"config fields, with their values in {path}:"]
+        path = _take_config(argv)[0]
+        config = load_config(str(REPOSITORY / default_config) if path is None else path)
+        lines += ["", f"config fields, with their values in {path or default_config}:"]
         for field in fields():
             value = attrgetter(field.path)(config)
             lines += _entry(f"--config.{field.path}={value}", field.comment)
