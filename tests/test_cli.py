@@ -1,5 +1,7 @@
 """Command lines: mistakes end with status 2, one line that names the field, and nothing created."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +12,6 @@ from absl import flags
 
 from maxsep import cli
 from maxsep.config import ConfigError
-from maxsep.launch import start
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train.py is a script beside the package
@@ -59,6 +60,21 @@ MISTAKES = {
     "mesh that does not divide the batch": (["--config.mesh.expert=16", "--config.train.batch_size=8"], "batch_size"),
     "mesh larger than the machine": (["--config.mesh.expert=16"], "mesh.attention x mesh.expert: got 4 x 16"),
     "model larger than the machine": (["--config.model.d_ff=9000000000"], "model: got "),
+    # data and tokenizers
+    "unknown source": (["--config.data.source=hub"], "data.source: got 'hub'"),
+    "source without path": (["--config.data.source=tfds"], "data.path: got None"),
+    "path without source": (["--config.data.path=text.jsonl"], "data.path: got 'text.jsonl'"),
+    "no such dataset": (["--config.data.source=tfds", "--config.data.path={files}/c4"], "data.path: got '{files}/c4'"),
+    "folder without dataset": (["--config.data.source=tfds", "--config.data.path={files}"], "data.path: "),
+    "no such file": (["--config.data.source=files", "--config.data.path={files}/*.txt"], "data.path: got "),
+    "file of another kind": (["--config.data.source=files", "--config.data.path={files}/*.py"], "data.path: got "),
+    "broken text": (["--config.data.source=files", "--config.data.path={files}/a.jsonl"], "a.jsonl"),
+    "cache that is a file": (["--config.data.cache={files}/empty.py"], "data.cache: got "),
+    "unknown tokenizer": (["--config.data.tokenizer=gpt5"], "data.tokenizer: got 'gpt5'"),
+    "too many ids": (["--config.data.tokenizer=gpt2:60000"], "data.tokenizer: got 'gpt2:60000'"),
+    "more ids than rows": (["--config.data.tokenizer=gpt2"], "model.vocab_size: got 8192"),
+    "no such tokenizer": (["--config.data.tokenizer={files}/tokenizer.json"], "data.tokenizer: got "),
+    "broken tokenizer": (["--config.data.tokenizer={files}/broken.json"], "data.tokenizer: got "),
     # workdirs
     "workdir that is a file": (["--workdir={files}/empty.py"], "--workdir: got"),
     "workdir in a file": (["--workdir={files}/empty.py/run"], "--workdir: got"),
@@ -75,6 +91,8 @@ def files(tmp_path):
     (folder / "broken.py").write_text(view + "    return undefined\n")
     (folder / "syntax.py").write_text("def get_config(:\n")
     (folder / "empty.py").write_text("")
+    (folder / "a.jsonl").write_text('{"text": "One."}\nTwo.\n')
+    (folder / "broken.json").write_text("{}")
     (folder / "string.py").write_text("def get_config():\n    return 'model'\n")
     field = (
         "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'model': {'layer': 2}})\n"
@@ -90,17 +108,30 @@ def status_and_error(arguments, workdir, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "named"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_ends_with_status_2_and_one_line(arguments, named, files, workdir, capsys, monkeypatch):
+def test_a_mistake_ends_with_status_2_and_one_line(arguments, named, files, workdir, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = sorted(files.iterdir())
     status, error = status_and_error([argument.format(files=files) for argument in arguments], workdir, capsys)
     assert status == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert error.endswith("\n")
-    assert named in error
+    assert named.format(files=files) in error
     assert not workdir.exists()
     assert sorted(p for p in files.iterdir() if p.name != "__pycache__") == before
+
+
+def test_a_run_of_another_model_is_left_alone(workdir, capsys):
+    workdir.mkdir()
+    config = json.dumps({"config": dataclasses.asdict(parsed("--config.model.layers=4").config), "corpus": "0"})
+    (workdir / "config.json").write_text(config)
+    status, error = status_and_error(["--config.model.layers=2"], workdir, capsys)
+    assert status == 2
+    assert error.startswith("error: model.layers: got 2; the run in ")
+    assert error.count("\n") == 1
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+    assert (workdir / "config.json").read_text() == config
 
 
 @pytest.mark.parametrize(
@@ -225,9 +256,3 @@ def test_flags_of_two_command_lines_do_not_meet():
     assert parsed("--steps=4", define=define).flags.steps == 4
     assert parsed(define=define).flags.steps == 3
     assert "steps" not in flags.FLAGS
-
-
-def test_fewer_devices_than_there_are_are_said(capsys):
-    config = parsed("--config.mesh.attention=2").config
-    assert start(config, fit_mesh=True) == config
-    assert capsys.readouterr().out == "using the first 8 of 16 x simulated CPU device\n"

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from maxsep import cli
-from maxsep.config import Config, ConfigError, MeshConfig, ModelConfig, fields, from_config_dict, to_config_dict
-from maxsep.launch import fitted
+from maxsep.config import Config, ConfigError, ModelConfig, fields, from_config_dict, to_config_dict
 from maxsep.validate import tokenizer_ids, validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -163,11 +162,3 @@ def test_rules(values, field):
 
 def test_tokenizers_whose_size_needs_no_file():
     assert [tokenizer_ids(name) for name in ("gpt2", "gpt2:8192", "bytes", "my.json")] == [50_257, 8192, 257, None]
-
-
-@pytest.mark.parametrize(
-    ("devices", "mesh"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 2)), (4, (2, 2)), (8, (2, 4)), (16, (4, 4)), (24, (4, 4))]
-)
-def test_the_mesh_is_fitted_to_the_devices(devices, mesh):
-    config = fitted(tiny(), devices)
-    assert config == dataclasses.replace(tiny(), mesh=MeshConfig(attention=mesh[0], expert=mesh[1]))
