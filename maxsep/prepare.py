@@ -1,22 +1,27 @@
-"""Prepares text for training: `python -m maxsep.prepare --config=configs/NAME.py [--workers=N]`.
+"""Prepares text for training: tokenised in several processes and packed into records below data.cache.
 
-Tokenises the config's data in several processes and packs it into records below `data.cache`. What was finished is kept
-when it is interrupted: the same command goes on there. `train.py` prepares what is small by itself.
+    python -m maxsep.prepare --config=configs/NAME.py [--workers=N] [--config.data.max_tokens=N]
+
+What is finished is kept when it is interrupted: the same command goes on from there. train.py prepares small texts by
+itself.
 """
 
-import argparse
 import dataclasses
 import hashlib
+import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 
+from maxsep import cli
 from maxsep.config import Config, ConfigError, DataConfig
 from maxsep.data import cache, packing, sources, tokenizer
 from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
@@ -85,6 +90,8 @@ class _Preparation:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
         partial.mkdir(parents=True, exist_ok=True)
+        for file in partial.glob("*.partial"):  # what a process that was killed had begun
+            file.unlink()
         try:
             self.source.prepare(self.log)
             parts = self.source.splits(data.split, data.eval_split)
@@ -98,9 +105,11 @@ class _Preparation:
                 )
             self.check(manifest["train"]["tokens"], manifest["eval"]["tokens"])
         except ConfigError:
-            if not any(partial.glob("*.array_record")):
+            if not any(partial.glob("*-progress.json")):  # nothing worth keeping
                 shutil.rmtree(partial)
             raise
+        except (OSError, Damaged) as error:
+            raise ConfigError(f"data.cache: cannot write below {partial} ({error})") from None
         manifest = self.describe(manifest)
         cache.write_json(partial / "manifest.json", manifest | {"checksum": checksum(manifest)})
         for file in partial.glob("*-progress.json"):
@@ -108,12 +117,14 @@ class _Preparation:
         partial.rename(folder)
 
     def check(self, train_tokens: int, eval_tokens: int) -> None:
-        length, data = self.config.data.sequence_length, self.config.data
-        if train_tokens <= length:
+        data = self.config.data
+        for field, tokens in (("split", train_tokens), ("eval_split", eval_tokens)):
+            if tokens < 2:
+                got = f"got {getattr(data, field)}, which holds no text"
+                raise ConfigError(f"data.{field}: {got}; takes a larger slice, or data.path more text")
+        if train_tokens <= data.sequence_length:
             takes = f"less than the {train_tokens} tokens of the training split"
-            raise ConfigError(f"data.sequence_length: got {length}; takes {takes}")
-        if eval_tokens < 2:
-            raise ConfigError(f"data.eval_split: got {data.eval_split}, which holds no text; takes a split with some")
+            raise ConfigError(f"data.sequence_length: got {data.sequence_length}; takes {takes}")
 
     def describe(self, splits: dict) -> dict:
         """The manifest of the packed splits, without its checksum."""
@@ -175,3 +186,48 @@ def _seldom(log: Callable[[str], None], seconds: float) -> Callable[[str], None]
             log(text)
 
     return line
+
+
+class _Console:
+    """Lines to a log; on a terminal, progress in one line that is written over."""
+
+    def __init__(self):
+        self._terminal = sys.stderr.isatty()
+        self.progress = _seldom(self._overwrite, 0.2) if self._terminal else _seldom(self.line, 30)
+
+    def _overwrite(self, text: str) -> None:
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    def line(self, text: str) -> None:
+        print(f"\r\x1b[K{text}" if self._terminal else text, file=sys.stderr, flush=True)
+
+
+def define(values: flags.FlagValues) -> None:
+    takes = "processes that tokenise; the records do not depend on it (default: one a core)"
+    flags.DEFINE_integer("workers", None, takes, lower_bound=1, flag_values=values)
+    flags.DEFINE_string("json", None, "file to write the figures to", flag_values=values)
+
+
+def main(args: cli.Args) -> None:
+    started = time.monotonic()
+    console = _Console()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        preparation = _Preparation(args.config, console.line)
+        corpus = preparation.open_or_prepare(args.flags.workers or os.cpu_count(), console.progress, float("inf"))
+    except KeyboardInterrupt:
+        raise cli.Exit(cli.STOPPED, "interrupted; the same command goes on from here") from None
+    seconds = time.monotonic() - started
+    console.line(f"{corpus.source}: prepared in {corpus.folder} ({seconds:.1f} s)")
+    figures = {"folder": str(corpus.folder), "fingerprint": corpus.fingerprint, "seconds": seconds}
+    for name, split in (("train", corpus.train), ("eval", corpus.eval)):
+        figures[name] = {"tokens": split.targets + 1, "documents": split.documents, "records": len(split)}
+        print(f"{name:<6}" + "".join(f"{count:>16,} {what}" for what, count in figures[name].items()))
+    figures["unigram_entropy"] = corpus.unigram_entropy
+    print(f"unigram cross-entropy of the held-out tokens: {corpus.unigram_entropy:.4f} nats")
+    if args.flags.json:
+        Path(args.flags.json).write_text(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, define, __doc__, default_config="configs/tiny.py"))

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,6 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 def write_json(path: Path, content) -> None:
     """Writes the file whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     partial.write_text(json.dumps(content))
     partial.replace(path)

@@ -113,15 +113,15 @@ def _docstrings(path: Path) -> Iterator[str]:
 def clean(docstring: str) -> Iterator[str]:
     """The docstring's paragraphs that pass C4's rules, each as one line."""
     for line in _unwrap(docstring):
-        if line.endswith(_END_OF_SENTENCE) and not line.endswith("...") and len(line.split()) >= 5:
-            if "{" not in line and "}" not in line:
-                yield line
+        sentence = line.endswith(_END_OF_SENTENCE) and not line.endswith("...")
+        if sentence and len(line.split()) >= 5 and "{" not in line and "}" not in line:
+            yield line
 
 
 def _unwrap(docstring: str) -> Iterator[str]:
     """Paragraphs, items of lists and descriptions of parameters, each as one line; headings and examples left out."""
     words, indent, hanging, example = [], 0, False, False
-    for line in docstring.expandtabs().splitlines() + [""]:
+    for line in [*docstring.expandtabs().splitlines(), ""]:
         text = line.strip()
         here = len(line) - len(line.lstrip())
         starts_item = bool(_BULLET.match(text) or _ITEM.match(text))

@@ -1,4 +1,4 @@
-"""The default corpus as a TFDS dataset: array_record, with C4's features. Apart, so that only building it imports TFDS."""
+"""The default corpus as a TFDS dataset: array_record, C4's features. Apart, so that only building it imports TFDS."""
 
 import contextlib
 import io

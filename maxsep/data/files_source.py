@@ -2,9 +2,9 @@
 
 Either may be compressed (.gz, .xz, .bz2, .zst). A .txt file is one document, with its empty lines.
 
-`train[a%:b%]` slices them so that no file has to be counted first, and the same document stays on the same side when
-files grow: documents of .jsonl files are dealt out evenly, at random to the eye (a golden-ratio sequence over the lines);
-.txt files are laid end to end in the order of their names and cut, as one long text would be, at the next line.
+How `train[a%:b%]` slices them: the documents of .jsonl files are dealt out evenly by their line, at random to the eye
+(a golden-ratio sequence), so that sorted files do no harm and a document stays on its side when a file grows; .txt
+files are laid end to end in the order of their names and cut at the next line, as one long text would be.
 """
 
 import bz2

@@ -1,7 +1,7 @@
 """From text to records: parts become files of tokens, in any number of processes; then they are packed, in order.
 
-All of it happens in one folder that is renamed when it is complete. `progress.json` there is written with every finished
-shard of records, and parts' token files come whole or not at all, so that a preparation that was cut off goes on there.
+All of it happens in one folder that is renamed when it is complete. A split's progress file there is written with every
+finished shard of records, and token files come whole or not at all: a preparation that was cut off goes on from there.
 """
 
 import collections
@@ -9,7 +9,9 @@ import concurrent.futures
 import functools
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,12 +84,15 @@ def pack(
     if len(stream) > 1:
         save_shard(len(stream) - 1)
     tokens_of.drop(len(parts))
-    documents = int(counts[coder.end_of_text]) + (tokens == max_tokens and stream[-1] != coder.end_of_text)
+    cut_off = tokens == max_tokens and stream[-1] != coder.end_of_text
+    documents = int(counts[coder.end_of_text]) + int(cut_off)
     return {"shards": shards, "tokens": tokens, "documents": documents, "counts": counts}
 
 
 class _TokenFiles:
     """The tokens of every part, each in a file of its own until it is packed."""
+
+    _dropped = 0  # the parts before it have no file any more
 
     def __init__(self, prefix: Path, source: Source, parts: list, tokenizer_name: str):
         self._paths = [prefix.with_name(f"{prefix.name}-part-{n:06d}.tokens") for n in range(len(parts))]
@@ -102,10 +107,9 @@ class _TokenFiles:
                 _tokenise(*self._jobs[number])
                 yield number, self._tokens(number)
             return
-        # Not forked: whoever calls may have threads. Ctrl-C is the caller's to handle.
+        # Not forked: whoever calls may have threads.
         context = multiprocessing.get_context("spawn")
-        ignore = (signal.SIGINT, signal.SIG_IGN)
-        pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore)
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
         try:
             ahead = collections.deque()
             for number in numbers:
@@ -131,7 +135,16 @@ class _TokenFiles:
             self._paths[self._dropped].unlink(missing_ok=True)
             self._dropped += 1
 
-    _dropped = 0
+
+def _start_worker() -> None:
+    """A worker leaves Ctrl-C to its parent, and does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait_for_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def _tokenise(source: Source, tokenizer_name: str, part, path: Path) -> None:
@@ -140,7 +153,7 @@ def _tokenise(source: Source, tokenizer_name: str, part, path: Path) -> None:
         return
     coder = _coder(tokenizer_name)
     dtype = id_dtype(coder.vocab_size)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     ids = []
     with open(partial, "wb") as file:
         for text, ends in source.read(part):

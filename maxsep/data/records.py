@@ -2,7 +2,7 @@
 
 Documents, each followed by the end of a text, make one stream of tokens a split. Record i is `stream[i*S : i*S + S+1]`:
 S inputs and their S targets. Neighbours share a token, so every token but the first is predicted exactly once; the last
-record is shorter, and padded with -1 when it is read. A record is stored as the bytes of its ids, uint16 where they fit.
+record is shorter, and padded with -1 when read. A record is stored as the bytes of its ids, uint16 where they fit.
 
     manifest.json     format, sequence length, tokenizer, source, counts, and every shard's file, size and checksum
     train-00000.array_record, ..., eval-00000.array_record, ...

@@ -1,4 +1,4 @@
-"""Text from a dataset that TFDS prepared, array_record or tfrecord, read without TensorFlow; the default corpus is one."""
+"""Text of a dataset that TFDS prepared, array_record or tfrecord, read without TensorFlow; so is the default corpus."""
 
 import functools
 import hashlib
@@ -151,7 +151,8 @@ def find(path: str, name: str | None) -> TfdsSource:
     found = {info.parent.name: info.parent for info in (folder / dataset).glob("*/dataset_info.json")}
     versions = sorted(filter(_VERSION.fullmatch, found), key=lambda v: [int(n) for n in v.split(".")])
     if not versions or version not in ("", *versions):
-        there = sorted({str(p.parent.relative_to(folder)) for p in folder.glob("**/dataset_info.json")})
+        infos = [info for depth in ("*/*", "*/*/*") for info in folder.glob(f"{depth}/dataset_info.json")]
+        there = sorted({str(info.parents[1].relative_to(folder)) for info in infos})
         takes = f"a dataset prepared in {path}: {', '.join(there) or 'there is none'}"
         raise ConfigError(f"data.name: got {name!r}; takes {takes}")
     return TfdsSource(found[version or versions[-1]].absolute())
@@ -207,4 +208,5 @@ def _array_records(part: Part) -> Iterator[bytes]:
 def _tfrecords(part: Part) -> Iterator[bytes]:
     import grain
 
-    return itertools.islice(grain.experimental.TFRecordIterDataset(part.filename), part.skip, part.skip + part.take)
+    records = grain.experimental.TFRecordIterDataset(part.filename)
+    yield from itertools.islice(records, part.skip, part.skip + part.take)

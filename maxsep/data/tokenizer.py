@@ -1,7 +1,7 @@
 """Text to token ids and back: GPT-2's byte-level BPE, whole or its first ids; bytes; or a tokenizer.json.
 
 A tokenizer has `vocab_size`, `end_of_text` (the id that ends a document), `fingerprint` (a hash of what decides its
-ids), `encode(text) -> list[int]` and `decode(ids) -> str`. Text that spells a special token is encoded as ordinary text.
+ids), `encode(text) -> list[int]` and `decode(ids) -> str`. Text that spells a special token is encoded as any other.
 """
 
 import functools
@@ -129,7 +129,7 @@ def _end_name(path: str, ids: dict[str, int]) -> str:
 
 @functools.cache
 def _gpt2_ranks() -> dict[bytes, int]:
-    """GPT-2's tokens as bytes, by id: a byte each in GPT-2's order, then a token for every merge, in the file's order."""
+    """GPT-2's tokens by id: a byte each, in GPT-2's order, then a token for every merge, in the file's order."""
     path = _gpt2_file()
     content = path.read_bytes()
     if _hash(content) != GPT2_SHA256:

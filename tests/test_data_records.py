@@ -1,0 +1,215 @@
+"""Packing, the records on disk, and the batches made of them."""
+
+import json
+import math
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maxsep import prepare
+from maxsep.config import Config, DataConfig, ModelConfig
+from maxsep.data import files_source, loader, packing, records
+from maxsep.data.files_source import place
+from maxsep.data.records import Corpus, Damaged
+
+END = "<|endoftext|>"
+
+
+def config(folder, texts=None, **data):
+    """A config of a .jsonl file in the folder, with bytes as tokens."""
+    if texts is not None:
+        (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    defaults = {"source": "files", "path": str(folder / "*.jsonl"), "sequence_length": 8, "tokenizer": "bytes"}
+    return Config(
+        data=DataConfig(**defaults | {"cache": str(folder / "cache")} | data), model=ModelConfig(vocab_size=300)
+    )
+
+
+def ensure(folder, texts=None, **data):
+    return prepare.ensure(config(folder, texts, **data), lambda line: None)
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    """Pieces, shards and what is written at once are so small that a test has many of them."""
+    monkeypatch.setattr(files_source, "BLOCK", 64)
+    monkeypatch.setattr(files_source, "PIECE", 128)
+    monkeypatch.setattr(packing, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(packing, "WRITE_TOKENS", 16)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    texts = [f"text {i} " * (i % 5 + 1) for i in range(60)]
+    return ensure(tmp_path_factory.mktemp("corpus"), texts)
+
+
+def stream(split):
+    """All tokens of a split, from its records: the first, and every target."""
+    rows = np.stack([split[i] for i in range(len(split))])
+    targets = rows[:, 1:]
+    assert (targets >= 0).sum() == split.targets
+    assert (targets[:-1] >= 0).all(), "only the last record is padded"
+    assert (rows[1:, 0] == rows[:-1, -1]).all(), "neighbours share a token"
+    return [int(rows[0, 0]), *targets[targets >= 0].tolist()]
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts=st.lists(st.text(max_size=60), min_size=30, max_size=60), length=st.integers(1, 50))
+def test_nothing_is_lost(texts, length):
+    texts = [text + "." for text in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = ensure(Path(folder), texts, sequence_length=length)
+        held_out = [text for i, text in enumerate(texts) if place(0, i) >= 0.9]
+        trained_on = [text for i, text in enumerate(texts) if place(0, i) < 0.9]
+        for split, documents in ((corpus.train, trained_on), (corpus.eval, held_out)):
+            assert corpus.tokenizer.decode(stream(split)) == "".join(text + END for text in documents)
+            assert split.documents == len(documents)
+            assert len(split) == math.ceil(split.targets / length)
+
+
+def test_the_unigram_entropy_is_that_of_the_counts(tmp_path):
+    corpus = ensure(tmp_path, ["abcabcabd", "abcabcaba" * 3, "aabb"])
+    train, held_out = stream(corpus.train)[1:], stream(corpus.eval)[1:]
+    size = corpus.tokenizer.vocab_size
+    expected = -np.mean([math.log((train.count(t) + 1) / (len(train) + size)) for t in held_out])
+    assert corpus.unigram_entropy == pytest.approx(expected, rel=1e-12)
+
+
+def test_limits_are_exact(tmp_path):
+    texts = ["0123456789" * 3] * 40
+    whole = ensure(tmp_path, texts)
+    limited = ensure(tmp_path, max_tokens=200, eval_max_tokens=33)
+    assert stream(limited.train) == stream(whole.train)[:200]
+    assert stream(limited.eval) == stream(whole.eval)[:33]
+    assert (limited.train.documents, limited.eval.documents) == (7, 2)
+    assert limited.fingerprint != whole.fingerprint
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2:300"])
+def test_ids_of_any_size_are_kept(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(packing, "id_dtype", lambda size: np.dtype(np.uint32))
+    monkeypatch.setattr(records, "id_dtype", lambda size: np.dtype(np.uint32))
+    made = config(tmp_path, ["hello world, said the tokenizer"] * 9, tokenizer=name)
+    corpus = prepare.ensure(Config(data=made.data, model=ModelConfig(vocab_size=50257)), print)
+    assert corpus.tokenizer.decode(stream(corpus.eval)) == "hello world, said the tokenizer" + END
+
+
+def damage(corpus, how):
+    shard = corpus.folder / "train-00001.array_record"
+    if how == "cut":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif how == "missing":
+        shard.unlink()
+    elif how == "zeros":
+        shard.write_bytes(bytes(shard.stat().st_size))
+    else:
+        manifest = corpus.folder / "manifest.json"
+        content = manifest.read_text()
+        manifest.write_text(content.replace('"documents": ', '"documents": 1') if how == "changed" else content[:99])
+
+
+@pytest.mark.parametrize("how", ["cut", "missing", "zeros", "changed", "half a manifest"])
+def test_a_damaged_corpus_is_never_silently_shorter(tmp_path, how):
+    corpus = ensure(tmp_path, [f"text {i} " * 3 for i in range(50)])
+    whole = stream(corpus.train)
+    damage(corpus, how)
+    with pytest.raises(Damaged, match="is damaged"):
+        Corpus(corpus.folder, corpus.tokenizer)
+    log = []
+    again = prepare.ensure(config(tmp_path), log.append)
+    assert stream(again.train) == whole and again.fingerprint == corpus.fingerprint
+    assert "is damaged" in log[0]
+
+
+def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
+    corpus = ensure(tmp_path, [f"text {i} " * 3 for i in range(50)])
+    whole = stream(corpus.train)
+    shard = corpus.folder / "train-00000.array_record"
+    content = shard.read_bytes()
+    noticed = 0
+    for byte in [i for i, value in enumerate(content) if value][::17]:
+        shard.write_bytes(content[:byte] + bytes([content[byte] ^ 4]) + content[byte + 1 :])
+        try:
+            assert stream(Corpus(corpus.folder, corpus.tokenizer).train) == whole
+        except Damaged as error:
+            assert "train-00000.array_record" in str(error)
+            noticed += 1
+    assert noticed
+
+
+def take(batches, count):
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return np.stack(taken)
+
+
+def all_records(split):
+    return np.stack([split[i] for i in range(len(split))])
+
+
+ROWS = np.arange(4)
+
+
+def test_an_epoch_has_every_record_once(corpus):
+    count = len(corpus.train)
+    assert count > 20
+    taken = take(loader.train_batches(corpus.train, 4, 7, 0, ROWS), count)  # four epochs
+    epochs = taken.reshape(4, count, -1)
+    expected = sorted(map(tuple, all_records(corpus.train)))
+    for epoch in epochs:
+        assert sorted(map(tuple, epoch)) == expected
+    assert len({epoch.tobytes() for epoch in epochs}) == 4
+    assert not (epochs[0] == all_records(corpus.train)).all()
+
+
+def test_another_seed_is_another_order_in_every_epoch(corpus):
+    count = len(corpus.train)
+    orders = [take(loader.train_batches(corpus.train, count, seed, 0, np.arange(count)), 3) for seed in (0, 1, 2)]
+    assert len({epoch.tobytes() for order in orders for epoch in order}) == 9
+
+
+@pytest.mark.parametrize("hosts", [[[0, 1], [2, 3]], [[3], [0, 2], [1]], [[0, 1, 2, 3], []]])
+def test_hosts_share_a_batch(corpus, hosts):
+    whole = take(loader.train_batches(corpus.train, 4, 3, 0, ROWS), 30)
+    for rows in hosts:
+        part = take(loader.train_batches(corpus.train, 4, 3, 0, np.array(rows, int)), 30)
+        assert part.dtype == np.int32 and (part == whole[:, rows]).all()
+
+
+@pytest.mark.parametrize("position", [0, 4, 44, 1000])
+def test_a_run_goes_on_where_it_stopped(corpus, position):
+    whole = take(loader.train_batches(corpus.train, 4, 3, 0, ROWS), position // 4 + 5)
+    rest = take(loader.train_batches(corpus.train, 4, 3, position, ROWS), 5)
+    assert (rest == whole[position // 4 :]).all()
+
+
+def test_another_batch_size_goes_on_with_the_same_records(corpus):
+    fours = take(loader.train_batches(corpus.train, 4, 3, 0, ROWS), 12).reshape(48, -1)
+    twos = take(loader.train_batches(corpus.train, 2, 3, 24, ROWS[:2]), 12).reshape(24, -1)
+    assert (fours[24:] == twos).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
+def test_evaluation_sees_every_record_once(corpus, batch_size):
+    batches = np.concatenate(list(loader.eval_batches(corpus.eval, batch_size, np.arange(batch_size))))
+    count = len(corpus.eval)
+    assert (batches[:count] == all_records(corpus.eval)).all() and (batches[count:] == -1).all()
+    assert len(batches) % batch_size == 0 and len(batches) - count < batch_size
+    assert (batches[:, 1:] >= 0).sum() == corpus.eval.targets
+
+
+def test_closing_stops_the_thread(corpus):
+    before = threading.active_count()
+    batches = loader.train_batches(corpus.train, 4, 0, 0, ROWS)
+    next(batches)
+    batches.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain-prefetch"):
+            thread.join(10)
+    assert threading.active_count() <= before

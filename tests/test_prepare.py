@@ -1,0 +1,262 @@
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from maxsep import cli, prepare
+from maxsep.config import Config, ConfigError, DataConfig, ModelConfig
+from maxsep.data import files_source, packing
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(cli.REPOSITORY)}  # also where the package is not installed
+TEXTS = [f"text {i} " * (i % 9 + 1) for i in range(200)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """So many parts and shards that a preparation can be cut off between them."""
+    monkeypatch.setattr(files_source, "BLOCK", 64)
+    monkeypatch.setattr(files_source, "PIECE", 256)
+    monkeypatch.setattr(packing, "SHARD_TOKENS", 1024)
+
+
+def config(text, folder, **data):
+    defaults = {"source": "files", "path": str(text), "sequence_length": 16, "tokenizer": "bytes"}
+    return Config(data=DataConfig(**defaults | {"cache": str(folder)} | data), model=ModelConfig(vocab_size=50304))
+
+
+def ensure(text, folder, log=None, **data):
+    return prepare.ensure(config(text, folder, **data), (log if log is not None else []).append)
+
+
+def run(path, cache, *flags):
+    """The command in this process. Returns its status."""
+    data = {"source": "files", "path": path, "sequence_length": 16, "tokenizer": "bytes", "cache": cache}
+    argv = ["prepare", *(f"--config.data.{name}={value}" for name, value in data.items()), *flags]
+    return cli.run(prepare.main, prepare.define, prepare.__doc__, "configs/tiny.py", argv=argv)
+
+
+def test_what_is_prepared_is_opened(files, tmp_path):
+    log = []
+    first = ensure(files, tmp_path / "cache", log)
+    assert log
+    log.clear()
+    second = ensure(files, tmp_path / "cache", log)
+    assert not log and first.fingerprint == second.fingerprint
+    assert first.description == second.description and str(files) in first.description
+
+
+def test_the_fingerprint_is_of_tokens_and_lengths(files, tmp_path):
+    made = [
+        ensure(files, tmp_path / "cache", **data).fingerprint
+        for data in (
+            {},
+            {"sequence_length": 32},
+            {"tokenizer": "gpt2:300"},
+            {"eval_split": "train[80%:]"},
+            {"max_tokens": 1000},
+        )
+    ]
+    assert len(set(made)) == len(made)
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    elsewhere.write_bytes(files.read_bytes())
+    assert ensure(elsewhere, tmp_path / "other").fingerprint == made[0]
+
+
+def test_the_number_of_workers_changes_nothing(files, tmp_path, small_units, capsys):
+    whole = ensure(files, tmp_path / "cache")
+    figures = tmp_path / "figures.json"
+    assert run(files, tmp_path / "other", "--workers=2", f"--json={figures}") == 0
+    figures = json.loads(figures.read_text())
+    assert figures["fingerprint"] == whole.fingerprint
+    assert figures["unigram_entropy"] == whole.unigram_entropy
+    assert figures["train"]["tokens"] == whole.train.targets + 1
+    assert f"{figures['eval']['records']:,} records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", range(1, 9, 2))
+def test_finished_shards_are_kept(files, tmp_path, small_units, monkeypatch, stop):
+    whole = ensure(files, tmp_path / "other")
+    written = []
+    write = packing.write_shard
+
+    def write_some(path, records):
+        if len(written) == stop:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write(path, records)
+
+    monkeypatch.setattr(packing, "write_shard", write_some)
+    assert run(files, tmp_path / "cache", "--workers=1") == 75
+    (partial,) = (tmp_path / "cache" / "records").glob("*.partial")
+    monkeypatch.setattr(packing, "write_shard", lambda path, records: written.append(path.name) or write(path, records))
+    again = ensure(files, tmp_path / "cache")
+    assert again.fingerprint == whole.fingerprint and again.unigram_entropy == whole.unigram_entropy
+    assert again.description == whole.description
+    assert len(written) - len(set(written)) <= 1, "only a split's last shard is written again"
+    assert not partial.exists()
+    assert {path.suffix for path in again.folder.iterdir()} == {".json", ".array_record"}
+
+
+KILLED = """
+import pathlib, sys, time
+from maxsep import cli, prepare
+from maxsep.data import packing
+
+if __name__ == "__main__":
+    packing.SHARD_TOKENS = 1024
+    write = packing.write_shard
+    packing.write_shard = lambda *shard: (time.sleep(0.05), write(*shard))[1]
+    sys.exit(cli.run(prepare.main, prepare.define, prepare.__doc__, "configs/tiny.py"))
+"""
+
+
+@pytest.mark.parametrize("how, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_a_killed_preparation_goes_on(files, tmp_path, monkeypatch, how, status):
+    monkeypatch.setattr(packing, "SHARD_TOKENS", 1024)
+    whole = ensure(files, tmp_path / "other")
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    data = {"source": "files", "path": files, "sequence_length": 16, "tokenizer": "bytes", "cache": tmp_path / "cache"}
+    command = [sys.executable, script, "--workers=2", *(f"--config.data.{k}={v}" for k, v in data.items())]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=ENVIRONMENT) as process:
+        while process.poll() is None and not list(tmp_path.glob("cache/records/*.partial/train-00001*")):
+            time.sleep(0.005)
+        process.send_signal(how)
+        stderr = process.stderr.read().decode()
+        assert process.wait() == status
+    assert how == signal.SIGKILL or "goes on from here" in stderr
+    _wait_until_gone(process.pid)
+    assert ensure(files, tmp_path / "cache").fingerprint == whole.fingerprint
+
+
+def _wait_until_gone(group):
+    """Fails by pytest's own limit, or the suite's, if a worker outlives its parent."""
+    while True:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+
+
+def test_two_at_once_prepare_it_once(files, tmp_path, small_units, monkeypatch):
+    count = []
+    real = prepare.packing.pack
+    monkeypatch.setattr(prepare.packing, "pack", lambda *args: count.append(args[1]) or real(*args))
+    made, log = [], []
+    threads = [
+        threading.Thread(target=lambda: made.append(ensure(files, tmp_path / "cache", log).fingerprint))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 4 and len(set(made)) == 1 and sorted(count) == ["eval", "train"]
+
+
+def test_who_waits_says_so(files, tmp_path):
+    folder = prepare._Preparation(config(files, tmp_path / "cache"), print).folder()
+    folder.parent.mkdir(parents=True)
+    log = []
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=ensure, args=(files, tmp_path / "cache", log))
+        thread.start()
+        while not log:
+            time.sleep(0.005)
+    thread.join()
+    assert log[0].startswith("waiting for another process")
+
+
+def test_a_large_source_is_prepared_ahead(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "LARGE", 100)
+    with pytest.raises(ConfigError) as error:
+        ensure(files, tmp_path / "cache")
+    message = str(error.value)
+    assert message.startswith("data.path: ") and "\n" not in message
+    assert all(word in message for word in (" tokens, ", " GB of disk, ", " minutes on "))
+    assert not list((tmp_path / "cache").glob("records/*"))
+    command = shlex.split(message.partition("first run: ")[2])
+    assert command[:3] == ["python", "-m", "maxsep.prepare"]
+    command = [word.replace("configs/base.py", "configs/tiny.py") for word in command[2:]]
+    assert cli.run(prepare.main, prepare.define, prepare.__doc__, "configs/tiny.py", argv=command) == 0
+    assert ensure(files, tmp_path / "cache").train.targets > 100
+    limited = ensure(files, tmp_path / "cache", max_tokens=50, eval_max_tokens=40)
+    assert limited.train.targets == 49
+
+
+@pytest.mark.parametrize(
+    "data, field",
+    [
+        ({"path": "/nowhere/*.jsonl"}, "data.path"),
+        ({"path": __file__}, "data.path"),
+        ({"source": "tfds", "path": "/nowhere"}, "data.path"),
+        ({"source": "tfds", "path": os.path.dirname(__file__), "name": "c4/en"}, "data.name"),
+        ({"split": "all"}, "data.split"),
+        ({"split": "train"}, "data.split"),
+        ({"max_tokens": 1}, "data.split"),
+        ({"eval_max_tokens": 1}, "data.eval_split"),
+        ({"max_tokens": 16}, "data.sequence_length"),
+        ({"sequence_length": 1_000_000}, "data.sequence_length"),
+        ({"tokenizer": "/nowhere/tokenizer.json"}, "data.tokenizer"),
+        ({"cache": "/dev/null/cache"}, "data.cache"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(files, tmp_path, data, field):
+    with pytest.raises(ConfigError, match=rf"^{field}: ") as error:
+        ensure(files, tmp_path / "cache", **data)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("cache/records/*.partial"))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": "only one"}\n'])
+def test_too_little_text_is_refused(files, tmp_path, content):
+    files.write_text(content)
+    with pytest.raises(ConfigError, match=r"^data\.split: got None, which holds no text"):
+        ensure(files, tmp_path / "cache")
+
+
+def test_a_mistake_in_a_worker_is_the_users_line(files, tmp_path, capsys):
+    files.write_text('{"text": "fine"}\n' * 20 + "not JSON\n")
+    assert run(files, tmp_path / "cache", "--workers=2") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: data.path: {files}:21 is not JSON")
+
+
+def test_a_model_with_too_few_ids_is_refused(files, tmp_path):
+    made = config(files, tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size: got 256; takes at least 257"):
+        prepare.ensure(Config(data=made.data, model=ModelConfig(vocab_size=256)), print)
+
+
+def test_the_default_corpus(tmp_path):
+    """Built from this environment's packages; opened again without what built it."""
+    log = []
+    made = Config(data=DataConfig(tokenizer="gpt2:8192", sequence_length=128, cache=str(tmp_path)))
+    corpus = prepare.ensure(made, log.append)
+    assert corpus.eval.targets > 100_000 and corpus.train.targets > 1_000_000
+    assert 6 < corpus.unigram_entropy < 7.5
+    assert any(line.strip().startswith("scipy") for line in log) and "docstrings" in corpus.description
+    heavy = "tensorflow_datasets", "pyarrow", "tokenizers", "grain", "jax"
+    code = (
+        "import sys\nfrom maxsep import prepare\nfrom maxsep.config import *\n"
+        f"corpus = prepare.ensure(Config(data={made.data!r}), print)\n"
+        f"print(corpus.fingerprint, *[name for name in {heavy} if name in sys.modules])"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert again.stdout.split() == [corpus.fingerprint]
