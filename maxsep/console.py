@@ -1,0 +1,73 @@
+"""What a run prints: aligned tables, a line a logged row, and on a terminal a progress bar below them."""
+
+import sys
+from collections.abc import Mapping
+
+
+def table(title: str, entries: Mapping[str, object]) -> str:
+    """`entries` in two columns under a title."""
+    width = max(map(len, entries))
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in entries.items())])
+
+
+def line(row: Mapping, steps: int) -> str:
+    """A row of `metrics.jsonl` for people; figures that it lacks are left out."""
+    evaluation = row["split"] == "eval"
+    figures = (
+        ("eval loss" if evaluation else "loss", "loss", "{:.4f}".format),
+        ("perplexity", "perplexity", "{:,.1f}".format),
+        ("lr", "learning_rate", "{:.1e}".format),
+        ("grad", "grad_norm", "{:.2f}".format),
+        ("tok/s", "tokens_per_second", "{:,.0f}".format),
+        ("mfu", "mfu", "{:.1%}".format),
+        ("dropped", "dropped_fraction", "{:.1%}".format),
+        ("experts max/mean", "expert_load_max_over_mean", "{:.2f}".format),
+    )
+    parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
+    # A figure that was not finite is None in a row.
+    parts += [
+        f"{label} {'nan' if row[key] is None else shown(row[key])}" for label, key, shown in figures if key in row
+    ]
+    return "  ".join(parts)
+
+
+class Progress:
+    """Prints lines, and on a terminal keeps a progress bar below them.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        step: those done before.
+    """
+
+    def __init__(self, steps: int, step: int = 0):
+        self._bar = None
+        if sys.stdout.isatty():
+            from rich import progress
+
+            columns = (
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
+            )
+            self._bar = progress.Progress(*columns, transient=True)
+            self._task = self._bar.add_task("training", total=steps, completed=step)
+            self._bar.start()
+
+    def step(self, step: int) -> None:
+        """`step` optimizer steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def print(self, text: str) -> None:
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._bar is not None:
+            self._bar.stop()
