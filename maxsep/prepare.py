@@ -7,6 +7,7 @@ itself.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
 
 LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
 RATE = 1_000_000  # tokens/s that a process prepares, roughly
+HASH_RATE = 500_000_000  # bytes/s that are read for a file's hash, roughly
 BYTES_A_TOKEN = 4  # of English text in GPT-2's tokens, roughly
 
 
@@ -54,14 +56,13 @@ class _Preparation:
 
     def open_or_prepare(self, workers: int, progress: Callable[[str], None], limit: float) -> Corpus:
         """The corpus, prepared if it is missing, damaged, and has at most about `limit` tokens."""
-        tokens = self.estimate()
-        if tokens > limit and not self.source.quick_fingerprint():
-            raise self.too_large(tokens)
+        if self.source.bytes > limit * BYTES_A_TOKEN and not self.source.quick_fingerprint():
+            raise self.too_large()
         folder = self.folder()
         if corpus := self.open(folder):
             return corpus
-        if tokens > limit:
-            raise self.too_large(tokens)
+        if self.estimate() > limit:
+            raise self.too_large()
         with cache.locked(folder, self.log):
             corpus = self.open(folder)  # another process may have prepared it meanwhile
             if corpus is None:
@@ -69,11 +70,15 @@ class _Preparation:
                 corpus = Corpus(folder, self.tokenizer)
         return corpus
 
+    @functools.cached_property
+    def source_fingerprint(self) -> str:
+        return self.source.fingerprint(self.log)
+
     def folder(self) -> Path:
         """Where the corpus belongs, named by a hash of all that decides its records."""
         data = self.config.data
         limits = (data.sequence_length, data.split, data.eval_split, data.max_tokens, data.eval_max_tokens)
-        key = (FORMAT, self.tokenizer.fingerprint, self.source.fingerprint(self.log), limits)
+        key = (FORMAT, self.tokenizer.fingerprint, self.source_fingerprint, limits)
         return self.cache / "records" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
     def open(self, folder: Path) -> Corpus | None:
@@ -101,14 +106,22 @@ class _Preparation:
                 ("train", "eval"), parts, (data.max_tokens, data.eval_max_tokens), strict=True
             ):
                 manifest[split] = packing.pack(
-                    partial, split, self.source, pieces, data.tokenizer, data.sequence_length, most, workers, progress
+                    partial,
+                    split,
+                    self.source.read,
+                    pieces,
+                    data.tokenizer,
+                    data.sequence_length,
+                    most,
+                    workers,
+                    progress,
                 )
             self.check(manifest["train"]["tokens"], manifest["eval"]["tokens"])
         except ConfigError:
             if not any(partial.glob("*-progress.json")):  # nothing worth keeping
                 shutil.rmtree(partial)
             raise
-        except (OSError, Damaged) as error:
+        except OSError as error:
             raise ConfigError(f"data.cache: cannot write below {partial} ({error})") from None
         manifest = self.describe(manifest)
         cache.write_json(partial / "manifest.json", manifest | {"checksum": checksum(manifest)})
@@ -136,7 +149,7 @@ class _Preparation:
         return identity | {
             "format": FORMAT,
             "fingerprint": checksum(identity | {"shards": shards}),
-            "source": source | {"fingerprint": self.source.fingerprint(self.log)},
+            "source": source | {"fingerprint": self.source_fingerprint},
             "split": data.split,
             "eval_split": data.eval_split,
             "unigram_entropy": unigram_entropy(train, held_out),
@@ -150,9 +163,10 @@ class _Preparation:
         held_out = tokens // 10
         return min(tokens - held_out, data.max_tokens or tokens) + min(held_out, data.eval_max_tokens or tokens)
 
-    def too_large(self, tokens: int) -> ConfigError:
-        workers = os.cpu_count() or 1
-        minutes = max(1, round(tokens / RATE / workers / 60))
+    def too_large(self) -> ConfigError:
+        tokens, workers = self.estimate(), os.cpu_count()
+        hashing = 0 if self.source.quick_fingerprint() else self.source.bytes / HASH_RATE
+        minutes = max(1, round((tokens / RATE / workers + hashing) / 60))
         gigabytes = tokens * packing.id_dtype(self.tokenizer.vocab_size).itemsize / 1e9
         flags = [
             f"--config.data.{f.name}={getattr(self.config.data, f.name)}"

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 
 from maxsep.config import ConfigError
-from maxsep.data import files_source
+from maxsep.data import files
 from maxsep.data.files_source import FilesSource, place
 
 COMPRESS = {
@@ -22,8 +22,8 @@ COMPRESS = {
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(files_source, "BLOCK", 256)
-    monkeypatch.setattr(files_source, "PIECE", 512)
+    monkeypatch.setattr(files, "BLOCK", 256)
+    monkeypatch.setattr(files, "PIECE", 512)
 
 
 def jsonl(texts):
@@ -149,7 +149,7 @@ def test_a_file_is_read_for_its_hash_once(tmp_path, monkeypatch):
     source = find(tmp_path, "*.txt")
     assert not source.quick_fingerprint()
     first = source.fingerprint(print)
-    monkeypatch.setattr(files_source, "scan", None)
+    monkeypatch.setattr(files, "scan", None)
     assert source.quick_fingerprint() and find(tmp_path, "*.txt").fingerprint(print) == first
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maxsep import prepare
 from maxsep.config import Config, DataConfig, ModelConfig
-from maxsep.data import files_source, loader, packing, records
+from maxsep.data import files, loader, packing, records
 from maxsep.data.files_source import place
 from maxsep.data.records import Corpus, Damaged
 
@@ -37,8 +37,8 @@ def ensure(folder, texts=None, **data):
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
     """Pieces, shards and what is written at once are so small that a test has many of them."""
-    monkeypatch.setattr(files_source, "BLOCK", 64)
-    monkeypatch.setattr(files_source, "PIECE", 128)
+    monkeypatch.setattr(files, "BLOCK", 64)
+    monkeypatch.setattr(files, "PIECE", 128)
     monkeypatch.setattr(packing, "SHARD_TOKENS", 64)
     monkeypatch.setattr(packing, "WRITE_TOKENS", 16)
 

@@ -12,7 +12,7 @@ import pytest
 
 from maxsep import cli, prepare
 from maxsep.config import Config, ConfigError, DataConfig, ModelConfig
-from maxsep.data import files_source, packing
+from maxsep.data import packing
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(cli.REPOSITORY)}  # also where the package is not installed
 TEXTS = [f"text {i} " * (i % 9 + 1) for i in range(200)]
@@ -28,8 +28,8 @@ def files(tmp_path):
 @pytest.fixture
 def small_units(monkeypatch):
     """So many parts and shards that a preparation can be cut off between them."""
-    monkeypatch.setattr(files_source, "BLOCK", 64)
-    monkeypatch.setattr(files_source, "PIECE", 256)
+    monkeypatch.setattr("maxsep.data.files.BLOCK", 64)
+    monkeypatch.setattr("maxsep.data.files.PIECE", 256)
     monkeypatch.setattr(packing, "SHARD_TOKENS", 1024)
 
 

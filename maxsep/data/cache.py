@@ -40,5 +40,8 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
 def write_json(path: Path, content) -> None:
     """Writes the file whole or not at all."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    partial.write_text(json.dumps(content))
+    with open(partial, "w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from maxsep.data import cache, tokenizer
-from maxsep.data.records import SHARD_TOKENS, id_dtype, write_shard
-from maxsep.data.sources import Source
+from maxsep.data.records import SHARD_TOKENS, check_shard, id_dtype, write_shard
 
 WRITE_TOKENS = 1 << 20  # tokens a worker holds before it writes them
 
@@ -28,7 +27,7 @@ WRITE_TOKENS = 1 << 20  # tokens a worker holds before it writes them
 def pack(
     folder: Path,
     split: str,
-    source: Source,
+    read: Callable,
     parts: list,
     tokenizer_name: str,
     sequence_length: int,
@@ -36,17 +35,15 @@ def pack(
     workers: int,
     progress: Callable[[str], None],
 ) -> dict:
-    """Packs a split's parts into shards below `folder`.
+    """Packs a split's parts, which `read` turns into texts, into shards below `folder`.
 
     Returns: the split's entry in the manifest (`shards`, `tokens`, `documents`) and `counts`, int64 [vocab_size]: how
     often each id is predicted.
     """
-    tokens_of = _TokenFiles(folder / split, source, parts, tokenizer_name)
+    tokens_of = _TokenFiles(folder / split, read, parts, tokenizer_name)
     coder = _coder(tokenizer_name)
     state_file = folder / f"{split}-progress.json"
-    state = {"shards": [], "part": 0, "offset": 0, "tokens": 0, "counts": [0] * coder.vocab_size}
-    if state_file.exists():
-        state = json.loads(state_file.read_bytes())
+    state = _saved(state_file) or {"shards": [], "part": 0, "offset": 0, "tokens": 0, "counts": [0] * coder.vocab_size}
     shards, tokens, first_part = state["shards"], state["tokens"], state["part"]
     counts = np.array(state["counts"], np.int64)
 
@@ -60,6 +57,7 @@ def pack(
 
     shard_length = max(1, SHARD_TOKENS // sequence_length) * sequence_length
     stream = np.zeros(0, id_dtype(coder.vocab_size))
+    waiting, waiting_tokens = [], 0  # what comes after the stream; joined to it once it makes a shard
     started, tokens_before = time.monotonic(), tokens
     for number, part in tokens_of.in_order(first_part, workers):
         # A resumed preparation counts the part it stopped in anew, so the state is that before the part.
@@ -68,25 +66,38 @@ def pack(
         targets = part if tokens else part[1:]
         counts = counts + np.bincount(targets, minlength=coder.vocab_size)
         tokens += len(part)
-        stream = np.concatenate([stream, part[state["offset"] if number == first_part else 0 :]])
-        finished = len(shards)
-        while len(stream) > shard_length:
-            save_shard(shard_length)
-        if len(shards) > finished:
-            offset = len(part) - len(stream)
-            before["counts"] = before["counts"].tolist()
-            cache.write_json(state_file, {"shards": shards, "offset": offset} | before)
+        waiting.append(part[state["offset"] if number == first_part else 0 :])
+        waiting_tokens += len(waiting[-1])
+        if len(stream) + waiting_tokens > shard_length:
+            stream = np.concatenate([stream, *waiting])
+            waiting, waiting_tokens = [], 0
+            while len(stream) > shard_length:
+                save_shard(shard_length)
+            before |= {"counts": before["counts"].tolist(), "offset": len(part) - len(stream), "shards": shards}
+            cache.write_json(state_file, before)
             tokens_of.drop(number)
         rate = (tokens - tokens_before) / max(time.monotonic() - started, 1e-3)
         progress(f"  {split}: {tokens:,} tokens, part {number + 1} of {len(parts)}, {rate:,.0f} tokens/s")
         if tokens == max_tokens:
             break
+    stream = np.concatenate([stream, *waiting])
     if len(stream) > 1:
         save_shard(len(stream) - 1)
     tokens_of.drop(len(parts))
-    cut_off = tokens == max_tokens and stream[-1] != coder.end_of_text
-    documents = int(counts[coder.end_of_text]) + int(cut_off)
+    ends_inside = tokens == max_tokens and stream[-1] != coder.end_of_text
+    documents = int(counts[coder.end_of_text]) + int(ends_inside)
     return {"shards": shards, "tokens": tokens, "documents": documents, "counts": counts}
+
+
+def _saved(state_file: Path) -> dict | None:
+    """The state of a preparation that was cut off, unless the machine lost some of it."""
+    try:
+        state = json.loads(state_file.read_bytes())
+        for shard in state["shards"]:
+            check_shard(state_file.parent, shard)
+        return state
+    except (OSError, ValueError):
+        return None
 
 
 class _TokenFiles:
@@ -94,9 +105,9 @@ class _TokenFiles:
 
     _dropped = 0  # the parts before it have no file any more
 
-    def __init__(self, prefix: Path, source: Source, parts: list, tokenizer_name: str):
+    def __init__(self, prefix: Path, read: Callable, parts: list, tokenizer_name: str):
         self._paths = [prefix.with_name(f"{prefix.name}-part-{n:06d}.tokens") for n in range(len(parts))]
-        self._jobs = list(zip([source] * len(parts), [tokenizer_name] * len(parts), parts, self._paths, strict=True))
+        self._jobs = [(read, part, tokenizer_name, path) for part, path in zip(parts, self._paths, strict=True)]
         self._dtype = id_dtype(_coder(tokenizer_name).vocab_size)
 
     def in_order(self, first: int, workers: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -126,8 +137,7 @@ class _TokenFiles:
         return number, self._tokens(number)
 
     def _tokens(self, number: int) -> np.ndarray:
-        path = self._paths[number]
-        return np.memmap(path, self._dtype, "r") if path.stat().st_size else np.zeros(0, self._dtype)
+        return np.fromfile(self._paths[number], self._dtype)
 
     def drop(self, stop: int) -> None:
         """Removes the files of the parts before `stop`: they are packed."""
@@ -147,7 +157,7 @@ def _start_worker() -> None:
     threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
-def _tokenise(source: Source, tokenizer_name: str, part, path: Path) -> None:
+def _tokenise(read: Callable, part, tokenizer_name: str, path: Path) -> None:
     """Writes the part's tokens, each document's followed by the end of a text, unless that is done."""
     if path.exists():
         return
@@ -156,7 +166,7 @@ def _tokenise(source: Source, tokenizer_name: str, part, path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     ids = []
     with open(partial, "wb") as file:
-        for text, ends in source.read(part):
+        for text, ends in read(part):
             if text:
                 ids += coder.encode(text)
                 if ends:
@@ -165,6 +175,7 @@ def _tokenise(source: Source, tokenizer_name: str, part, path: Path) -> None:
                 file.write(np.array(ids, dtype).tobytes())
                 ids.clear()
         file.write(np.array(ids, dtype).tobytes())
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

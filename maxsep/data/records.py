@@ -9,6 +9,7 @@ record is shorter, and padded with -1 when read. A record is stored as the bytes
 """
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -17,14 +18,20 @@ from typing import SupportsIndex
 
 import numpy as np
 
+from maxsep.config import ConfigError
+
 FORMAT = 1
 PAD = -1
-SHARD_TOKENS = 1 << 25
+SHARD_TOKENS = 1 << 27
+OPEN_SHARDS = 512  # at once: below the usual limit of open files
 _OPTIONS = "group_size:1,zstd:1"  # a record can be read alone; zstd's quickest level halves the size
 
 
-class Damaged(Exception):
+class Damaged(ConfigError):
     """Prepared data that is not as it was written."""
+
+    def __init__(self, path: Path, what: object):
+        super().__init__(f"data.cache: {path} is damaged ({what})")
 
 
 class Records:
@@ -41,7 +48,7 @@ class Records:
         self._dtype = dtype
         self._paths = [folder / shard["file"] for shard in split["shards"]]
         self._ends = list(itertools.accumulate(shard["records"] for shard in split["shards"]))
-        self._readers = {}
+        self._open = functools.lru_cache(OPEN_SHARDS)(open_shard)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -59,15 +66,11 @@ class Records:
 
     def _read(self, shard: int, index: int) -> np.ndarray:
         path = self._paths[shard]
-        if shard not in self._readers:
-            # Two threads may both open it; one reader is then dropped.
-            self._readers[shard] = open_shard(path)
         try:
-            return np.frombuffer(self._readers[shard].read([index])[0], self._dtype)
+            return np.frombuffer(self._open(path).read([index])[0], self._dtype)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise Damaged(
-                f"{path}: record {index} is damaged ({error}); delete the folder to prepare it anew"
-            ) from None
+            reason = " ".join(str(error).split())
+            raise Damaged(path, f"record {index}: {reason}; delete its folder to have it prepared again") from None
 
 
 class Corpus:
@@ -113,9 +116,9 @@ def read_manifest(folder: Path) -> dict:
         content = json.loads(path.read_bytes())
         check = content.pop("checksum")
     except (OSError, ValueError, KeyError) as error:
-        raise Damaged(f"{path} is damaged ({error})") from None
+        raise Damaged(path, error) from None
     if check != checksum(content):
-        raise Damaged(f"{path} is damaged (its checksum differs)")
+        raise Damaged(path, "its checksum differs")
     for shard in content["train"]["shards"] + content["eval"]["shards"]:
         check_shard(folder, shard)
     return content
@@ -130,13 +133,13 @@ def check_shard(folder: Path, shard: dict) -> None:
     path = folder / shard["file"]
     size = path.stat().st_size if path.exists() else None
     if size != shard["bytes"]:
-        raise Damaged(f"{path} is damaged ({'missing' if size is None else f'{size} bytes'}, not {shard['bytes']})")
+        raise Damaged(path, "missing" if size is None else f"{size} bytes, not {shard['bytes']}")
     try:
         count = open_shard(path).num_records()
     except (RuntimeError, ValueError) as error:
-        raise Damaged(f"{path} is damaged ({error})") from None
+        raise Damaged(path, error) from None
     if count != shard["records"]:
-        raise Damaged(f"{path} is damaged ({count} records, not {shard['records']})")
+        raise Damaged(path, f"{count} records, not {shard['records']}")
 
 
 def checksum(content: dict) -> str:

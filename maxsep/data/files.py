@@ -1,0 +1,119 @@
+"""Files of text as bytes, compressed or not: opening them, finding where they may be cut, and reading a stretch."""
+
+import builtins
+import bz2
+import contextlib
+import gzip
+import hashlib
+import itertools
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from maxsep.config import ConfigError
+
+ENDINGS = re.compile(r".*\.(jsonl|txt)(?:\.(gz|xz|bz2|zst))?", re.DOTALL)
+BLOCK = 1 << 20  # bytes read at once
+PIECE = 16 << 20  # bytes, roughly, between the places where a file may be cut
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a file finds: its hash, and where it may be cut into pieces (byte, and lines before it)."""
+
+    sha256: str
+    cuts: tuple[tuple[int, int], ...]  # from (0, 0) to (size, lines)
+
+
+def kind(path: str) -> str:
+    """jsonl or txt."""
+    return ENDINGS.fullmatch(path)[1]
+
+
+def compression(path: str) -> str | None:
+    return ENDINGS.fullmatch(path)[2]
+
+
+def state(path: str) -> str:
+    """What changes when the file does."""
+    stat = os.stat(path)
+    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def scan(path: str) -> Scan:
+    """Reads the whole file.
+
+    Raises:
+        ConfigError: a file that cannot be read to its end.
+    """
+    digest, cuts = hashlib.sha256(), [(0, 0)]
+    size = lines = 0
+    with _open(path) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            if size + len(block) - cuts[-1][0] > PIECE:
+                newline = block.rfind(b"\n")
+                if newline >= 0:
+                    cuts.append((size + newline + 1, lines + block.count(b"\n")))
+            size += len(block)
+            lines += block.count(b"\n")
+    if cuts[-1][0] < size:
+        cuts.append((size, lines))
+    return Scan(digest.hexdigest(), tuple(cuts))
+
+
+def cut_at(path: str, offset: int, size: int) -> int:
+    """The first line that starts at or after the offset, or the next character where no line starts soon."""
+    if offset <= 0 or offset >= size:
+        return min(max(offset, 0), size)
+    with _open(path, offset - 1) as file:
+        block = file.read(65536)
+    newline = block.find(b"\n")
+    if newline >= 0:
+        return offset + newline
+    following = 1
+    while following < len(block) and block[following] & 0xC0 == 0x80:
+        following += 1
+    return offset + following - 1
+
+
+def read_pieces(path: str, cuts: tuple[tuple[int, int], ...]) -> Iterator[bytes]:
+    """The bytes between each two cuts that follow one another.
+
+    Raises:
+        ConfigError: a file that cannot be read to its end, or is not as it was scanned.
+    """
+    with _open(path, cuts[0][0]) as file:
+        for (start, _), (stop, _) in itertools.pairwise(cuts):
+            piece = file.read(stop - start)
+            if len(piece) != stop - start:
+                raise ConfigError(f"data.path: {path!r} changed while it was read")
+            yield piece
+
+
+@contextlib.contextmanager
+def _open(path: str, offset: int = 0) -> Iterator[BinaryIO]:
+    """The file's text from an offset on; what a damaged file raises becomes the user's one line."""
+    try:
+        with _decompress(path) as file:
+            if compression(path):
+                while offset and (block := file.read(min(offset, BLOCK))):
+                    offset -= len(block)
+            else:
+                file.seek(offset)
+            yield file
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ConfigError(f"data.path: {path!r} cannot be read to its end: {error}") from None
+
+
+def _decompress(path: str) -> BinaryIO:
+    how = compression(path)
+    if how == "zst":  # not in the standard library before Python 3.14
+        import pyarrow
+
+        return pyarrow.input_stream(path, compression="zstd")
+    return {None: builtins, "gz": gzip, "xz": lzma, "bz2": bz2}[how].open(path, "rb")
