@@ -28,7 +28,7 @@ from maxsep.data import cache, packing, sources, tokenizer
 from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
 
 LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
-RATE = 1_000_000  # tokens/s that a process prepares, roughly
+RATE = 2_000_000  # tokens/s that a process prepares, roughly
 HASH_RATE = 500_000_000  # bytes/s that are read for a file's hash, roughly
 BYTES_A_TOKEN = 4  # of English text in GPT-2's tokens, roughly
 

@@ -59,7 +59,7 @@ def stream(split):
     return [int(rows[0, 0]), *targets[targets >= 0].tolist()]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(texts=st.lists(st.text(max_size=60), min_size=30, max_size=60), length=st.integers(1, 50))
 def test_nothing_is_lost(texts, length):
     texts = [text + "." for text in texts]
