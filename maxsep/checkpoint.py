@@ -4,8 +4,10 @@ Orbax writes in the background and commits a step by renaming its finished folde
 all. On disk the state is a nested dict of names, whatever classes the program keeps it in.
 """
 
+import logging
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +21,19 @@ TRASH = "trash"  # retention renames a step into it, so that a kill never leaves
 # Replicas share the writing of an array from this size on, in bytes. Each slice is compiled once for every device, at
 # the first save: for small arrays that took 2.2 s of a 16-device run, and saved nothing.
 SHARED_WRITE_BYTES = 64 * 2**20
+
+
+# Orbax writes each error to stderr, twice and with pages of traceback, before it raises it.
+logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+
+
+def _unraisable(unraisable, previous=sys.unraisablehook) -> None:
+    """Keeps quiet about reads and writes that were still under way when one beside them failed and was told."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        previous(unraisable)
+
+
+sys.unraisablehook = _unraisable
 
 
 class SaveError(RuntimeError):

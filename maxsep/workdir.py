@@ -77,7 +77,9 @@ def check_resume(workdir: Path, config: Config, corpus_fingerprint: str | None =
                 f"{field.path}: got {new!r}; the run in {workdir} has {old!r}, and it cannot change there"
             )
     if corpus_fingerprint not in (None, record["corpus"]):
-        raise ConfigError(f"data.source: got another corpus than the run in {workdir} was started with, which may not change")
+        raise ConfigError(
+            f"data.source: got another corpus than the run in {workdir} was started with, which may not change"
+        )
     return config
 
 

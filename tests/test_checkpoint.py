@@ -226,8 +226,6 @@ def test_a_step_that_is_not_there_is_refused(tmp_path):
             checkpoints.restore(shapes, 3)
 
 
-# Reads that still run when one fails find Orbax's event loop closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["truncated", "metadata", "data", "empty"])
 def test_an_unreadable_checkpoint_is_named_in_one_line(tmp_path, damage):
     shapes = abstract(mesh_of(4, 4))
