@@ -24,10 +24,11 @@ def line(row: Mapping, steps: int) -> str:
         ("experts max/mean", "expert_load_max_over_mean", "{:.2f}".format),
     )
     parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
-    # A figure that was not finite is None in a row.
-    parts += [
-        f"{label} {'nan' if row[key] is None else shown(row[key])}" for label, key, shown in figures if key in row
-    ]
+    for label, key, shown in figures:
+        if row.get(key) is not None:
+            parts.append(f"{label} {shown(row[key])}")
+        elif key in row and key != "mfu":  # which is None on unknown devices; else None was not finite
+            parts.append(f"{label} nan")
     return "  ".join(parts)
 
 

@@ -111,7 +111,7 @@ def mfu(tokens_per_second: float, flops_a_token: float, peak: float | None) -> f
 
 def perplexity(loss: float) -> float:
     """e to the cross-entropy in nats."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def expert_load(counts_le: np.ndarray) -> dict:

@@ -68,14 +68,11 @@ def check_resume(workdir: Path, config: Config, corpus_fingerprint: str | None =
     """
     stored, record = read_config(workdir)
     config = resolve(config, stored)
+    sections = tuple(name for name in RESUME_MAY_CHANGE if name.endswith("."))
     for field in fields():
-        if field.path.startswith(tuple(f for f in RESUME_MAY_CHANGE if f.endswith("."))):
-            continue
         old, new = attrgetter(field.path)(stored), attrgetter(field.path)(config)
-        if old != new and field.path not in RESUME_MAY_CHANGE:
-            raise ConfigError(
-                f"{field.path}: got {new!r}; the run in {workdir} has {old!r}, and it cannot change there"
-            )
+        if old != new and field.path not in RESUME_MAY_CHANGE and not field.path.startswith(sections):
+            raise ConfigError(f"{field.path}: got {new!r}; the run in {workdir} has {old!r}, which may not change")
     if corpus_fingerprint not in (None, record["corpus"]):
         raise ConfigError(
             f"data.source: got another corpus than the run in {workdir} was started with, which may not change"
