@@ -1,9 +1,9 @@
 """What the peers' scripts share: their flags, and how they are told to time steps.
 
 A script builds one training step and hands it to `run`. Alone it times `--steps` steps and prints one JSON line. With
-`--serve` it answers requests on standard input, each a line, with JSON lines: it prints its facts when it is warm; `go N`
-times N steps (`seconds`, `other_cpu`); `quit` or the end of the input ends it. Between requests it sleeps, so systems
-can take turns on one machine.
+`--serve` it answers requests on standard input, each a line, with JSON lines: its facts when it is warm; to `go N` the
+times of N steps (`seconds`, `other_cpu`); `quit` or the end of the input ends it. Between requests it sleeps, so that
+systems can take turns on one machine.
 """
 
 import argparse

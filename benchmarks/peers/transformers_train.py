@@ -1,4 +1,4 @@
-"""Times a training step of Hugging Face transformers: a Mixtral of the given shape, dropless, on the CPU with all cores."""
+"""Times a training step of Hugging Face transformers: a dropless Mixtral of the given shape, on all cores of a CPU."""
 
 import os
 
