@@ -132,7 +132,7 @@ class Product:
         size = 1536 if jax.default_backend() == "cpu" else 8192
         shape, spec = (mesh.size, size, size), jax.sharding.PartitionSpec(AXES)
         self.x = jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype, out_sharding=spec))()
-        # Accumulated in float32, as bfloat16 is fastest: XLA's CPU backend may take twice as long for a bfloat16 result.
+        # A float32 result: for a bfloat16 one XLA's CPU backend may take twice as long.
         wide = jnp.promote_types(dtype, jnp.float32)
         self.product = jax.jit(lambda x: jnp.einsum("nij,njk->nik", x, x, preferred_element_type=wide))
         self.flops = 2 * mesh.size * size**3
