@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import re
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +114,14 @@ def test_json_is_strict_and_replaced_at_once(tmp_path):
     folder.write_json(path, {"loss": math.nan, "mesh": {"attention": 4}, "rows": [1.0, math.inf, (2, "a")]})
     assert json.loads(path.read_text()) == {"loss": None, "mesh": {"attention": 4}, "rows": [1.0, None, [2, "a"]]}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_docs_list_what_may_change():
+    docs = Path(folder.__file__).parents[1] / "docs" / "metrics.md"
+    table = docs.read_text(encoding="utf-8").split("## What may change when a run goes on")[1]
+    listed = {
+        name.replace("*", "")
+        for row in re.findall(r"^\| (`[^|]*) \|", table, re.M)
+        for name in re.findall("`(.*?)`", row)
+    }
+    assert listed == set(folder.RESUME_MAY_CHANGE)
