@@ -12,10 +12,12 @@ def table(title: str, entries: Mapping[str, object]) -> str:
 
 def line(row: Mapping, steps: int) -> str:
     """A row of `metrics.jsonl` for people; figures that it lacks are left out."""
-    evaluation = row["split"] == "eval"
+    if row["split"] == "eval":
+        loss = (("eval loss", "loss", "{:.4f}".format), ("perplexity", "perplexity", "{:,.1f}".format))
+    else:
+        loss = (("loss", "loss", "{:.4f}".format),)
     figures = (
-        ("eval loss" if evaluation else "loss", "loss", "{:.4f}".format),
-        ("perplexity", "perplexity", "{:,.1f}".format),
+        *loss,
         ("lr", "learning_rate", "{:.1e}".format),
         ("grad", "grad_norm", "{:.2f}".format),
         ("tok/s", "tokens_per_second", "{:,.0f}".format),
