@@ -116,8 +116,10 @@ def _sort(ids_gn: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.
     # One key holds both expert and place: a single-operand sort is the fastest there is, and needs no stability.
     order_gn = lax.sort(ids_gn * n + choice_n, dimension=1) % n
     group_g1 = jnp.arange(groups)[:, None]
-    rank_gn = jnp.zeros_like(order_gn).at[group_g1, order_gn].set(
-        jnp.broadcast_to(choice_n, order_gn.shape), unique_indices=True
+    rank_gn = (
+        jnp.zeros_like(order_gn)
+        .at[group_g1, order_gn]
+        .set(jnp.broadcast_to(choice_n, order_gn.shape), unique_indices=True)
     )
     count_ge = jnp.sum(ids_gn[:, :, None] == jnp.arange(n_experts), axis=1, dtype=jnp.int32)
     return order_gn, rank_gn, count_ge

@@ -48,7 +48,9 @@ class MoE(nnx.Module):
                     x_td, routing.ids_tn, self.experts, model.experts, axes, model.capacity_factor, model.capacity_group
                 )
             if dropout_key is not None:
-                y_tnd *= _dropout_mask(dropout_key, token_bs.ravel(), y_tnd.shape[1:], model.expert_dropout, y_tnd.dtype)
+                y_tnd *= _dropout_mask(
+                    dropout_key, token_bs.ravel(), y_tnd.shape[1:], model.expert_dropout, y_tnd.dtype
+                )
             y_td = jnp.einsum("tn,tnd->td", routing.weights_tn.astype(y_tnd.dtype), y_tnd)
         stats = MoEStats(
             jax.lax.psum(routing.load_balancing, AXES),

@@ -5,7 +5,6 @@ and `collectives` say what is sent. Gradients stay on their device over all micr
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,11 +18,13 @@ from jax.sharding import PartitionSpec as P
 from maxsep import collectives
 from maxsep.config import Config
 from maxsep.mesh import Layout, replicating_axes, zero_spec
-from maxsep.model import Transformer
+from maxsep.model import Transformer, attention_kernel
 from maxsep.optimizer import adamw, schedule
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "optimizer", "skipped"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "optimizer", "skipped"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class TrainState:
     step: jax.Array  # int32, finished optimizer steps, skipped ones included
@@ -46,6 +47,7 @@ class Program:
     def __init__(self, config: Config, end_of_text: int | None = None):
         self.config = config
         self.layout = Layout.of(config)
+        self.kernel = attention_kernel(config)
         self.optimizer = adamw(config)
         self.learning_rate = schedule(config)
         self.end_of_text = None if config.data.cross_document_attention else end_of_text
@@ -163,8 +165,3 @@ class Program:
             return Evaluation(cross_entropy, collectives.total(targets, self.layout.axes("b")))
 
         return jax.shard_map(on_device, in_specs=(self.param_specs, self.batch_spec), out_specs=P())(params, batch_abt)
-
-
-def jitted(program: Program) -> tuple[Callable, Callable]:
-    """The compiled train step, its state donated, and the compiled evaluation step."""
-    return jax.jit(program.train_step, donate_argnums=0), jax.jit(program.eval_step)
