@@ -30,12 +30,14 @@ class Experts(nnx.Module):
         inputs = (self.w_gate_ledf, self.w_in_ledf) if self.activation == "swiglu" else (self.w_in_ledf,)
         return tuple(w[...].astype(dtype) for w in inputs), self.w_out_lefd[...].astype(dtype)
 
+    @jax.named_scope("experts")
     def padded(self, x_ecd: jax.Array) -> jax.Array:
         """[E, C, D] -> [E, C, D]: as many rows for each of this device's experts."""
         inputs, w_out = self._weights(x_ecd.dtype)
         h = _activate(self.activation, *(jnp.einsum("ecd,edf->ecf", x_ecd, w) for w in inputs))
         return jnp.einsum("ecf,efd->ecd", h, w_out)
 
+    @jax.named_scope("experts")
     def grouped(self, x_rd: jax.Array, rows_e: jax.Array) -> jax.Array:
         """[R, D] -> [R, D]: rows sorted by expert, `rows_e` (int32) of them for each of this device's experts.
 

@@ -42,7 +42,7 @@ def rotate(x_bshq: jax.Array, theta: float) -> jax.Array:
 
 
 class Embedding(nnx.Module):
-    """A row of `table_vd` for each token id; the rows are split by the layout's `v`, the result's sequence by its `s`."""
+    """A row of `table_vd` for each token id. The layout's `v` splits the rows, its `s` the result's sequence."""
 
     def __init__(self, rngs: nnx.Rngs, layout: Layout, rows: int, d_model: int, dtype):
         self.table_vd = normal(rngs, layout, "vd", (rows, d_model), 0.02, dtype)

@@ -109,7 +109,8 @@ class Transformer(nnx.Module):
         table = self.embedding.table_vd if self.model.tied_embedding else self.head_vd
         with jax.named_scope("head"):
             axes = self.layout.axes("v")
-            nll = head.cross_entropy(x_bsd, table[...], targets_bs, self.model.vocab_size, axes)
+            x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
+            nll = head.cross_entropy(x_td, table[...], targets_bs.ravel(), self.model.vocab_size, axes)
             return Losses(lax.psum(nll, collectives.AXES), stats)
 
 

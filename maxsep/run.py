@@ -41,7 +41,7 @@ class Run:
         self.eval_step = jax.jit(self.program.eval_step)
 
     def _placed(self, tree):
-        """Abstract arrays on this mesh: `eval_shape` leaves them on an abstract one, which no checkpoint restores to."""
+        """Abstract arrays on this mesh: `eval_shape` leaves them on an abstract one, which Orbax cannot restore to."""
 
         def place(x):
             spec = P() if x.sharding is None else x.sharding.spec  # scalars have none

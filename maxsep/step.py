@@ -90,13 +90,14 @@ class Program:
             new = optax.apply_updates(old, updates)
             keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
             params = jax.tree.map(jax.reshard, keep(new, old), self.param_specs)
+            optimizer = keep(optimizer, state.optimizer)
             skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(self.learning_rate(state.step)),
             "skipped": skipped,
         }
-        return TrainState(state.step + 1, params, keep(optimizer, state.optimizer), skipped), metrics
+        return TrainState(state.step + 1, params, optimizer, skipped), metrics
 
     def _gradients(self, params, batch_abt, step):
         accumulation, model = self.config.train.accumulation, self.config.model

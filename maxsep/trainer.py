@@ -9,7 +9,7 @@ import jax
 
 from maxsep import cli, console, metrics, prepare, workdir
 from maxsep.checkpoint import Checkpoints, SaveError
-from maxsep.config import Config, ConfigError
+from maxsep.config import Config
 from maxsep.data.feed import to_mesh
 from maxsep.data.records import Corpus
 from maxsep.mesh import make_mesh
@@ -93,14 +93,15 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float) -> None:
         "mesh": {axis: getattr(config.mesh, axis) for axis in ("stage", "attention", "expert")},
     }
     workdir.write_json(folder / "summary.json", summary)
-    mfu = "unknown: no figure for this device" if summary["mfu"] is None else f"{summary['mfu']:.1%}"
+    mfu = "unknown, the device's peak is not known" if summary["mfu"] is None else f"{summary['mfu']:.1%}"
+    speed = f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['step_seconds']:.3f} s a step, MFU {mfu}"
     _say(
         console.table(
             f"result after step {summary['steps']}",
             {
                 **_held_out(summary["eval_loss"], corpus),
                 "train loss": f"{summary['train_loss']:.4f} nats/token",
-                "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['step_seconds']:.3f} s a step, MFU {mfu}",
+                "speed": speed,
                 "time": f"{seconds:.0f} s",
                 "written": f"{folder}: checkpoints/, metrics.jsonl, summary.json, tensorboard/",
             },
