@@ -10,7 +10,8 @@ from maxsep.config import ModelConfig
 from maxsep.layers import normal, rotate
 from maxsep.mesh import Layout
 
-QUERY_BLOCK = 128  # queries whose scores exist at a time without a fused kernel
+# Without a fused kernel, queries come in at most MOST_BLOCKS blocks (each is compiled) of LEAST_QUERIES or more.
+LEAST_QUERIES, MOST_BLOCKS = 64, 16
 
 
 class Attention(nnx.Module):
@@ -64,20 +65,22 @@ def blocked_attention(q_bshq, k_bskq, v_bskq, segments_bs):
     """
     b, s, h, q = q_bshq.shape
     kv = k_bskq.shape[2]
-    grouped = q_bshq.reshape(b, s, kv, h // kv, q)
-    return _blocked(grouped, k_bskq, v_bskq, segments_bs).reshape(b, s, h, q)
+    # Heads first, so that every product is a batch of plain matrix products.
+    q_bkgsq = (q_bshq * q**-0.5).swapaxes(1, 2).reshape(b, kv, h // kv, s, q)
+    y_bkgsq = _blocked(q_bkgsq, k_bskq.swapaxes(1, 2), v_bskq.swapaxes(1, 2), segments_bs)
+    return y_bkgsq.reshape(b, h, s, q).swapaxes(1, 2)
 
 
-def _blocks(s: int):
-    return [(start, min(start + QUERY_BLOCK, s)) for start in range(0, s, QUERY_BLOCK)]
+def _blocks(s: int) -> list[tuple[int, int]]:
+    size = max(LEAST_QUERIES, -(-s // MOST_BLOCKS))
+    return [(start, min(start + size, s)) for start in range(0, s, size)]
 
 
-def _scores(q_bikgq, k_bjkq, segments_bs, start: int):
+def _scores(q_bkgiq, k_bkjq, segments_bs, start: int):
     """Masked scores [b, k, g, i, j] of queries from `start` on over keys 0 to j."""
-    wide = jnp.promote_types(q_bikgq.dtype, jnp.float32)
-    scale = q_bikgq.shape[-1] ** -0.5
-    scores = jnp.einsum("bikgq,bjkq->bkgij", q_bikgq, k_bjkq, preferred_element_type=wide) * scale
-    i, j = q_bikgq.shape[1], k_bjkq.shape[1]
+    wide = jnp.promote_types(q_bkgiq.dtype, jnp.float32)
+    scores = jnp.einsum("bkgiq,bkjq->bkgij", q_bkgiq, k_bkjq, preferred_element_type=wide)
+    i, j = scores.shape[-2:]
     visible = start + jnp.arange(i)[:, None] >= jnp.arange(j)
     if segments_bs is not None:
         same = segments_bs[:, start : start + i, None] == segments_bs[:, None, :j]
@@ -87,19 +90,20 @@ def _scores(q_bikgq, k_bjkq, segments_bs, start: int):
 
 def _forward(q, k, v, segments):
     outputs, lses = [], []
-    for start, stop in _blocks(q.shape[1]):
-        scores = _scores(q[:, start:stop], k[:, :stop], segments, start)
+    for start, stop in _blocks(q.shape[3]):
+        scores = _scores(q[:, :, :, start:stop], k[:, :, :stop], segments, start)
         top = jnp.max(scores, axis=-1, keepdims=True)
         p = jnp.exp(scores - top)
         norm = jnp.sum(p, axis=-1, keepdims=True)
-        y = jnp.einsum("bkgij,bjkq->bikgq", p.astype(v.dtype), v[:, :stop], preferred_element_type=p.dtype)
-        outputs.append((y / jnp.moveaxis(norm, 3, 1)).astype(q.dtype))
+        y = jnp.einsum("bkgij,bkjq->bkgiq", p.astype(v.dtype), v[:, :, :stop], preferred_element_type=p.dtype)
+        outputs.append((y / norm).astype(q.dtype))
         lses.append(top + jnp.log(norm))
-    return jnp.concatenate(outputs, axis=1), lses
+    return jnp.concatenate(outputs, axis=3), lses
 
 
 @jax.custom_vjp
 def _blocked(q, k, v, segments):
+    """Attention of scaled queries [b, k, g, s, q] over keys and values [b, k, s, q]."""
     return _forward(q, k, v, segments)[0]
 
 
@@ -111,20 +115,20 @@ def _blocked_fwd(q, k, v, segments):
 def _blocked_bwd(residuals, g):
     q, k, v, segments, y, lses = residuals
     wide = lses[0].dtype
-    scale = q.shape[-1] ** -0.5
-    dk, dv = jnp.zeros_like(k, wide), jnp.zeros_like(v, wide)
-    dqs = []
-    for (start, stop), lse in zip(_blocks(q.shape[1]), lses, strict=True):
-        q_i, g_i, y_i = q[:, start:stop], g[:, start:stop], y[:, start:stop]
-        k_j, v_j = k[:, :stop], v[:, :stop]
+    row = jnp.sum(g.astype(wide) * y.astype(wide), axis=-1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros_like(k, wide), jnp.zeros_like(v, wide)
+    for (start, stop), lse in zip(_blocks(q.shape[3]), lses, strict=True):
+        q_i, g_i, row_i = (x[:, :, :, start:stop] for x in (q, g, row))
+        k_j, v_j = k[:, :, :stop], v[:, :, :stop]
         p = jnp.exp(_scores(q_i, k_j, segments, start) - lse)
-        dp = jnp.einsum("bikgq,bjkq->bkgij", g_i, v_j, preferred_element_type=wide)
-        row = jnp.sum(g_i.astype(wide) * y_i.astype(wide), axis=-1)  # [b, i, k, g]
-        ds = (p * (dp - jnp.moveaxis(row, 1, -1)[..., None]) * scale).astype(q.dtype)
-        dqs.append(jnp.einsum("bkgij,bjkq->bikgq", ds, k_j))
-        dk = dk.at[:, :stop].add(jnp.einsum("bkgij,bikgq->bjkq", ds, q_i, preferred_element_type=wide))
-        dv = dv.at[:, :stop].add(jnp.einsum("bkgij,bikgq->bjkq", p.astype(g.dtype), g_i, preferred_element_type=wide))
-    return jnp.concatenate(dqs, axis=1), dk.astype(k.dtype), dv.astype(v.dtype), None
+        dp = jnp.einsum("bkgiq,bkjq->bkgij", g_i, v_j, preferred_element_type=wide)
+        ds = (p * (dp - row_i)).astype(q.dtype)
+        dq.append(jnp.einsum("bkgij,bkjq->bkgiq", ds, k_j))
+        dk = dk.at[:, :, :stop].add(jnp.einsum("bkgij,bkgiq->bkjq", ds, q_i, preferred_element_type=wide))
+        dv = dv.at[:, :, :stop].add(
+            jnp.einsum("bkgij,bkgiq->bkjq", p.astype(g.dtype), g_i, preferred_element_type=wide)
+        )
+    return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)

@@ -1,10 +1,10 @@
 """The output head and its loss, fused: no copy of the logits outlives a block of positions."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from maxsep import collectives
 from maxsep.collectives import Axes
@@ -40,7 +40,7 @@ def _blocks(x_td: jax.Array, rows: int) -> list[slice]:
     tokens = x_td.shape[0]
     count = min(tokens, -(-tokens * rows // BLOCK_LOGITS))
     edges = [tokens * i // count for i in range(count + 1)]
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def _block(vocab_size, axes, x_td, table_vd, targets_t):

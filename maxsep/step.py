@@ -151,7 +151,7 @@ class Program:
         axes = replicating_axes(spec)
         split = tuple(axis for axis in axes if axis not in replicating_axes(zero))
         if split:
-            dim = [i for i, part in enumerate(zero) if part == split or part == split[0]][0]
+            dim = next(i for i, part in enumerate(zero) if part == split or part == split[0])
             gradient = lax.psum_scatter(gradient, split, scatter_dimension=dim, tiled=True)
         rest = tuple(axis for axis in axes if axis not in split)
         return lax.psum(gradient, rest) if rest else gradient
