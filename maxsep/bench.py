@@ -126,7 +126,7 @@ class Product:
         import jax
         import jax.numpy as jnp
 
-        from maxsep.mesh import AXES
+        from maxsep.layouts import AXES
 
         mesh = jax.sharding.get_mesh()
         size = 1536 if jax.default_backend() == "cpu" else 8192

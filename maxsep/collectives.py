@@ -9,7 +9,7 @@ import math
 import jax
 from jax import lax
 
-from maxsep.mesh import AXES
+from maxsep.layouts import AXES
 
 Axes = tuple[str, ...]
 

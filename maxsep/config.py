@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 import ml_collections
 from ml_collections import config_dict
 
+from maxsep.layouts import LAYOUTS
+
 # What a field takes that has a few named values. Kept here, without JAX, so that a mistake is answered at once.
 CHOICES = {
-    "layout": ("ma",),
+    "layout": tuple(LAYOUTS),
     "data.source": ("docstrings", "tfds", "files"),
     "model.activation": ("swiglu", "gelu"),
     "model.remat": ("none", "full", "dots"),
@@ -150,7 +152,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class Config:
     name: str = "base"  # names the run's default workdir, runs/NAME
-    layout: str = "ma"  # which mesh axis splits what: maxsep/mesh.py
+    layout: str = "ma"  # which mesh axis splits what: maxsep/layouts.py
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

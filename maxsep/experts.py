@@ -24,7 +24,7 @@ class Experts(nnx.Module):
         if model.activation == "swiglu":
             self.w_gate_ledf = normal(rngs, layout, "ledf", (L, E, D, F), D**-0.5, dtype)
         self.w_out_lefd = normal(rngs, layout, "lefd", (L, E, F, D), (F * 2 * L) ** -0.5, dtype)
-        self.activation = model.activation
+        self.activation, self.platform = model.activation, layout.platform
 
     def _weights(self, dtype) -> tuple[tuple[jax.Array, ...], jax.Array]:
         inputs = (self.w_gate_ledf, self.w_in_ledf) if self.activation == "swiglu" else (self.w_in_ledf,)
@@ -45,7 +45,7 @@ class Experts(nnx.Module):
         expert on every row on CPU, so there the rows are taken in blocks, and only as many as there are.
         """
         inputs, w_out = self._weights(x_rd.dtype)
-        if jax.default_backend() == "cpu":
+        if self.platform == "cpu":
             return _blocked(self.activation, x_rd, rows_e, inputs, w_out)
         h = _activate(self.activation, *(lax.ragged_dot(x_rd, w, rows_e) for w in inputs))
         return lax.ragged_dot(h, w_out, rows_e)

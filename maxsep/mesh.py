@@ -1,8 +1,8 @@
-"""The device mesh, and layouts: which mesh axis splits which dimension.
+"""The device mesh, and the shardings that a layout gives on it.
 
 Every tensor is named by its shape letters (B batch, S sequence, D model, H query heads, K key/value heads, Q head size,
-E experts, F expert hidden, V vocabulary, L layers), so a layout is a table from letter to mesh axes and the sharding of
-any tensor follows from its name: `layout.spec("bsd")`. A dash is a dimension left whole.
+E experts, F expert hidden, V vocabulary, L layers), so its sharding follows from its name: `layout.spec("bsd")`. A dash
+is a dimension left whole.
 """
 
 from dataclasses import dataclass
@@ -11,42 +11,32 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from maxsep.config import Config, ConfigError
-
-AXES = ("stage", "attention", "expert")
-
-LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
-    # attention: heads over `attention`, batch over `expert`; experts over `expert`, tokens over both.
-    # Between layers, and in the MoE layer, the sequence is split over `attention`.
-    "ma": {
-        "b": ("expert",),
-        "s": ("attention",),
-        "h": ("attention",),
-        "e": ("expert",),
-        "v": ("attention",),
-    },
-}
+from maxsep.config import Config
+from maxsep.layouts import AXES, LAYOUTS
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout on a mesh of known sizes.
+    """A layout on a mesh of known sizes and kind of device.
 
-    `splits` holds (letter, axes) pairs, `sizes` the mesh axes' sizes in the order of `AXES`.
+    `splits` holds (letter, axes) pairs, `sizes` the mesh axes' sizes in the order of `AXES`, `platform` is cpu, gpu or
+    tpu.
     """
 
     name: str
     splits: tuple[tuple[str, tuple[str, ...]], ...]
     sizes: tuple[int, ...]
+    platform: str
 
     @classmethod
-    def of(cls, config: Config) -> "Layout":
+    def of(cls, config: Config, platform: str | None = None) -> "Layout":
+        """The config's layout on its mesh; `platform` is this machine's unless one compiles for another."""
         splits = dict(LAYOUTS[config.layout])
         sizes = config.mesh.shape
         ways = _product(sizes, splits["h"])
         # With fewer key/value heads than the axis has devices, each device holds them all and uses its own.
         splits["k"] = splits["h"] if config.model.n_kv_heads % ways == 0 else ()
-        return cls(config.layout, tuple(sorted(splits.items())), sizes)
+        return cls(config.layout, tuple(sorted(splits.items())), sizes, platform or jax.default_backend())
 
     def axes(self, letter: str) -> tuple[str, ...]:
         """Mesh axes that split dimension `letter`, those of size 1 included."""
@@ -86,14 +76,10 @@ def make_mesh(config: Config) -> Mesh:
 
     Neighbouring devices share the fastest links, and the all-to-all of the dispatch runs along `expert`.
     """
-    devices = jax.devices()
     needed = config.mesh.devices
-    if len(devices) < needed:
-        raise ConfigError(
-            f"mesh: stage {config.mesh.stage} × attention {config.mesh.attention} × expert {config.mesh.expert} needs "
-            f"{needed} devices, this machine has {len(devices)}"
-        )
-    grid = np.asarray(devices[:needed]).reshape(config.mesh.shape)
+    devices = jax.devices()[:needed]
+    assert len(devices) == needed, "launch.start has counted the devices"
+    grid = np.asarray(devices).reshape(config.mesh.shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 

@@ -13,8 +13,9 @@ from jax import lax
 
 from maxsep import collectives, head
 from maxsep.attention import Attention
-from maxsep.config import Config, ModelConfig
+from maxsep.config import ConfigError, ModelConfig
 from maxsep.layers import Embedding, RMSNorm, normal
+from maxsep.layouts import AXES
 from maxsep.mesh import Layout
 from maxsep.moe import MoE, MoEStats
 
@@ -51,10 +52,9 @@ class Losses(NamedTuple):
 class Transformer(nnx.Module):
     """Parameters in float32 (float64 for a float64 run), computation in `model.dtype`."""
 
-    def __init__(self, rngs: nnx.Rngs, config: Config):
-        model, layout = config.model, Layout.of(config)
+    def __init__(self, rngs: nnx.Rngs, model: ModelConfig, layout: Layout):
         dtype = jnp.promote_types(model.dtype, jnp.float32)
-        kernel = attention_kernel(config)
+        kernel = attention_kernel(model, layout.platform)
         self.embedding = Embedding(rngs, layout, model.padded_vocab_size, model.d_model, dtype)
         self.blocks = Block(rngs, layout, model, kernel, dtype)
         self.final_norm = RMSNorm((), model.d_model, model.norm_eps, dtype)
@@ -111,7 +111,7 @@ class Transformer(nnx.Module):
             axes = self.layout.axes("v")
             x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
             nll = head.cross_entropy(x_td, table[...], targets_bs.ravel(), self.model.vocab_size, axes)
-            return Losses(lax.psum(nll, collectives.AXES), stats)
+            return Losses(lax.psum(nll, AXES), stats)
 
 
 def unstack(tree, layers: int) -> list:
@@ -121,9 +121,24 @@ def unstack(tree, layers: int) -> list:
     return [treedef.unflatten(part[layer].squeeze(0) for part in parts) for layer in range(layers)]
 
 
-def attention_kernel(config: Config) -> str:
-    """What `model.attention_kernel` means here: `auto` is cuDNN's kernel on NVIDIA GPUs in bfloat16, else XLA."""
-    kernel = config.model.attention_kernel
-    if kernel == "auto":
-        kernel = "cudnn" if jax.default_backend() == "gpu" and config.model.dtype == "bfloat16" else "xla"
-    return kernel
+def attention_kernel(model: ModelConfig, platform: str) -> str:
+    """What `model.attention_kernel` means on `platform`: with `auto`, cuDNN's kernel where it can run, else XLA.
+
+    Raises:
+        ConfigError: cudnn is asked for where it cannot run.
+    """
+    if model.attention_kernel == "xla":
+        return "xla"
+    # cuDNN's flash attention takes 16-bit numbers, and heads of multiples of 8 up to 128 on every GPU since Ampere.
+    obstacle = None
+    if platform not in ("gpu", "cuda"):
+        obstacle = f"this machine's backend is {platform}"
+    elif model.dtype != "bfloat16":
+        obstacle = f"model.dtype is {model.dtype}"
+    elif model.head_size % 8 or model.head_size > 128:
+        obstacle = f"heads have size {model.head_size}, no multiple of 8 up to 128"
+    if obstacle is None:
+        return "cudnn"
+    if model.attention_kernel == "cudnn":
+        raise ConfigError(f"model.attention_kernel: got cudnn, but {obstacle}; takes xla or auto")
+    return "xla"

@@ -9,7 +9,8 @@ from flax import nnx
 from maxsep import collectives, dispatch
 from maxsep.config import ModelConfig
 from maxsep.experts import Experts
-from maxsep.mesh import AXES, Layout
+from maxsep.layouts import AXES
+from maxsep.mesh import Layout
 from maxsep.router import Router
 
 

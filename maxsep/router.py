@@ -9,7 +9,8 @@ from jax import lax
 
 from maxsep import collectives
 from maxsep.layers import normal
-from maxsep.mesh import AXES, Layout
+from maxsep.layouts import AXES
+from maxsep.mesh import Layout
 
 
 class Routing(NamedTuple):

@@ -41,13 +41,14 @@ class Evaluation(NamedTuple):
 class Program:
     """The functions of one config, to be called and compiled under its mesh (`jax.set_mesh`).
 
-    `end_of_text` is the tokenizer's, for runs whose attention stays within documents.
+    `end_of_text` is the tokenizer's, for runs whose attention stays within documents; `platform` that of the devices to
+    compile for, this machine's by default.
     """
 
-    def __init__(self, config: Config, end_of_text: int | None = None):
+    def __init__(self, config: Config, end_of_text: int | None = None, platform: str | None = None):
         self.config = config
-        self.layout = Layout.of(config)
-        self.kernel = attention_kernel(config)
+        self.layout = Layout.of(config, platform)
+        self.kernel = attention_kernel(config.model, self.layout.platform)
         self.optimizer = adamw(config)
         self.learning_rate = schedule(config)
         self.end_of_text = None if config.data.cross_document_attention else end_of_text
@@ -57,7 +58,7 @@ class Program:
         self.zero_specs = jax.tree.map(self._zero_spec, self.abstract_params)
 
     def _model(self) -> Transformer:
-        return Transformer(nnx.Rngs(self.config.train.seed), self.config)
+        return Transformer(nnx.Rngs(self.config.train.seed), self.config.model, self.layout)
 
     def _zero_spec(self, x) -> P:
         if not self.config.optimizer.zero1:
