@@ -128,15 +128,20 @@ class Program:
             # Parameters that devices share get a gradient on each; they are added up below, once a step.
             own = collectives.vary(params)
 
-            def micro_batch(sums, numbered):
-                number, batch_bt = numbered
-                out = jax.grad(loss, has_aux=True)(own, batch_bt, number * batch_bt.shape[0] * rows)
-                return (out if sums is None else jax.tree.map(jnp.add, sums, out)), None
-
             rows = self.layout.ways("b")
-            sums, _ = micro_batch(None, (0, batch_abt[0]))
-            if accumulation > 1:
-                sums, _ = lax.scan(micro_batch, sums, (jnp.arange(1, accumulation), batch_abt[1:]))
+
+            def micro_batch(number, batch_bt):
+                return jax.grad(loss, has_aux=True)(own, batch_bt, number * batch_bt.shape[0] * rows)
+
+            def add(sums, numbered):
+                return jax.tree.map(jnp.add, sums, micro_batch(*numbered)), None
+
+            if accumulation == 1:
+                sums = micro_batch(0, batch_abt[0])
+            else:
+                shapes = jax.eval_shape(micro_batch, 0, batch_abt[0])
+                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                sums, _ = lax.scan(add, (collectives.vary(zeros[0]), zeros[1]), (jnp.arange(accumulation), batch_abt))
             gradients, metrics = sums
             with jax.named_scope("gradient_reduction"):
                 return jax.tree.map(self._reduce, gradients, self.param_specs, self.zero_specs), metrics
