@@ -56,12 +56,10 @@ class Run:
 
     def new_state(self) -> TrainState:
         """Step 0, with weights drawn from the seed or those that `train.init_from` names."""
-        if self.config.train.init_from is None:
+        source = init_checkpoints(self.config)
+        if source is None:
             return jax.jit(self.program.init)()
-        source = Path(self.config.train.init_from).expanduser().resolve()
-        if not (source / "checkpoints").is_dir():
-            raise ConfigError(f"train.init_from: got {source}, which has no checkpoints; takes the folder of a run")
-        with Checkpoints(source / "checkpoints", read_only=True) as checkpoints:
+        with Checkpoints(source, read_only=True) as checkpoints:
             return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params))
 
     def train_batches(self, corpus: Corpus, position: int):
@@ -121,3 +119,17 @@ class Run:
             "attention kernel": self.program.kernel,
             "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
         }
+
+
+def init_checkpoints(config: Config) -> Path | None:
+    """The folder of checkpoints that `train.init_from` names.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if config.train.init_from is None:
+        return None
+    source = Path(config.train.init_from).expanduser().resolve()
+    if not Checkpoints.exist(source / "checkpoints"):
+        raise ConfigError(f"train.init_from: got {source}, which has no checkpoint; takes the folder of a run")
+    return source / "checkpoints"

@@ -1,6 +1,9 @@
 """Training: a new or restored state, the loop over steps, and what a run leaves behind."""
 
+import math
+import shlex
 import statistics
+import sys
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -9,12 +12,12 @@ import jax
 
 from maxsep import cli, console, metrics, prepare, workdir
 from maxsep.checkpoint import Checkpoints, SaveError
-from maxsep.config import Config
+from maxsep.config import Config, ConfigError
 from maxsep.data.feed import to_mesh
 from maxsep.data.records import Corpus
 from maxsep.mesh import make_mesh
 from maxsep.metrics import MetricsWriter
-from maxsep.run import Run
+from maxsep.run import Run, init_checkpoints
 from maxsep.signals import Stop
 from maxsep.step import TrainState
 
@@ -27,8 +30,10 @@ def train(config: Config, folder: Path) -> None:
         cli.Exit: stopped by a signal, halted on non-finite values, or the last save failed.
     """
     started = time.monotonic()
-    resuming = (folder / "config.json").exists()
+    resuming, saved = (folder / "config.json").exists(), Checkpoints.exist(folder / "checkpoints")
     config = workdir.check_resume(folder, config) if resuming else workdir.resolve(config)
+    if not saved:
+        init_checkpoints(config)  # before the data, which may take a while
     corpus = prepare.ensure(config, _say)
     if resuming:
         workdir.check_resume(folder, config, corpus.fingerprint)
@@ -37,22 +42,37 @@ def train(config: Config, folder: Path) -> None:
     with jax.set_mesh(mesh), ExitStack() as stack:
         run = Run(config, corpus.tokenizer.end_of_text)
         _say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
-        saved = Checkpoints.exist(folder / "checkpoints")
         state = None if saved else run.new_state()  # may refuse train.init_from: before anything is written
-        folder.mkdir(parents=True, exist_ok=True)
-        workdir.write_config(folder, config, corpus.fingerprint)
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
         position = 0
-        if saved:
-            state, data = checkpoints.restore(run.abstract_state)
-            position = data["position"]
-            _say(f"going on from step {int(state.step)} in {folder}")
-        writer = stack.enter_context(MetricsWriter(folder, int(state.step)))
-        if int(state.step) >= config.train.steps:
-            _say(f"this run has finished its {int(state.step)} steps; with more --config.train.steps it goes on")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
+            if saved:
+                state, data = checkpoints.restore(run.abstract_state)
+                position = data["position"]
+            step = int(state.step)
+            if step >= config.train.steps:
+                _check_finished(folder, step, config)
+            workdir.write_config(folder, config, corpus.fingerprint)
+        except OSError as e:
+            raise ConfigError(f"--workdir: cannot write to {folder}: {e.strerror}") from e
+        writer = stack.enter_context(MetricsWriter(folder, step))
+        if step >= config.train.steps:
+            _say(f"this run has finished its {step} steps; with more --config.train.steps it goes on")
         else:
+            if saved:
+                _say(f"going on from step {step} in {folder}")
             Loop(run, corpus, folder, checkpoints, writer, peak).run(state, position)
     finish(run, corpus, folder, time.monotonic() - started)
+
+
+def _check_finished(folder: Path, step: int, config: Config) -> None:
+    """Refuses to end a run at a step where it was only stopped: it has no result there."""
+    path = folder / "metrics.jsonl"
+    rows = metrics.read_rows(path) if path.exists() else []
+    if {"train", "eval"} - {row["split"] for row in rows if row["step"] == step}:
+        got = f"got {config.train.steps}, but the run in {folder} was stopped after step {step}"
+        raise ConfigError(f"train.steps: {got}; takes at least {step + 1}")
 
 
 def evaluate(config: Config, folder: Path) -> None:
@@ -77,13 +97,16 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float) -> None:
         values = [row[name] for row in trained if row[name] is not None]
         return statistics.median(values) if values else None
 
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value  # JSON has no word for what is not finite
+
     config = run.config
     summary = {
         "steps": trained[-1]["step"],
         "parameters": config.model.parameters,
-        "train_loss": trained[-1]["loss"],
-        "eval_loss": held_out[-1]["loss"],
-        "eval_perplexity": held_out[-1]["perplexity"],
+        "train_loss": number(trained[-1]["loss"]),
+        "eval_loss": number(held_out[-1]["loss"]),
+        "eval_perplexity": number(held_out[-1]["perplexity"]),
         "eval_tokens": corpus.eval.targets,
         "unigram_entropy": corpus.unigram_entropy,
         **{name: median(name) for name in ("tokens_per_second", "step_seconds", "mfu")},
@@ -107,11 +130,9 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float) -> None:
             },
         )
     )
-    # The config's name finds its file, so that the command works as printed.
-    _say(
-        f"train on: python train.py --config=configs/{config.name}.py --workdir={folder} "
-        f"--config.train.steps={2 * config.train.steps}"
-    )
+    flag = "--config.train.steps="
+    again = [argument for argument in sys.argv if not argument.startswith(flag)]
+    _say("train on: " + shlex.join(["python", *again, f"{flag}{2 * summary['steps']}"]))
 
 
 def _held_out(loss: float, corpus: Corpus) -> dict[str, str]:
@@ -139,6 +160,7 @@ class Loop:
         self.program, self.checkpoints, self.writer = run, checkpoints, writer
         self.pending: tuple[int, dict] | None = None  # a step whose metrics are still on the devices
         self.seconds: list[float] = []  # of each step since the last row
+        self.skipped = 0  # non-finite steps in a row, as far as is known
         self.save_failed = False
 
     def run(self, state: TrainState, position: int) -> None:
@@ -148,7 +170,8 @@ class Loop:
             cli.Exit: see `train`.
         """
         train, step = self.steps, int(state.step)
-        profile_first, profile_last = (int(n) for n in (train.profile or "0:0").split(":"))
+        bounds = [int(number) for number in (train.profile or "1:0").split(":")]
+        profiled, profiling = range(bounds[0], bounds[1] + 1), False
         with ExitStack() as stack:
             stop = stack.enter_context(Stop())
             self.progress = stack.enter_context(console.Progress(train.steps, step))
@@ -157,21 +180,23 @@ class Loop:
             train_step = self.program.compile_train_step()
             self.progress.print(f"compiled in {time.monotonic() - begin:.1f} s")
             batches = stack.enter_context(closing(self.program.train_batches(self.corpus, position)))
-            self.clock, skipped = time.monotonic(), 0
+            self.clock = time.monotonic()
             for batch in to_mesh(batches, self.program.batch_shape, self.program.batch_sharding):
-                if step + 1 == profile_first:
+                if step + 1 in profiled and not profiling:
                     jax.profiler.start_trace(self.folder / "profile")
+                    profiling = True
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     state, device_metrics = train_step(state, batch)
-                skipped = self.take_metrics()
+                self.take_metrics()
                 step, position = step + 1, position + train.batch_size
                 self.pending = (step, device_metrics)
-                if step == profile_last:
-                    self.take_metrics()
-                    jax.profiler.stop_trace()
-                halt = stop.asked is not None or skipped >= train.nonfinite_limit
+                halt = stop.asked is not None or self.skipped >= train.nonfinite_limit
                 last = halt or step == train.steps
                 evaluate = step == train.steps or (_due(train.eval_every, step) and not halt)
+                if profiling and (last or step + 1 not in profiled):
+                    self.take_metrics(row=last)
+                    jax.profiler.stop_trace()
+                    profiling = False
                 if evaluate or last or _due(train.checkpoint_every, step):
                     self.take_metrics(row=last)
                     scores = self.evaluate(state, step) if evaluate else None
@@ -181,10 +206,10 @@ class Loop:
                 if last:
                     break
             self.wait_for_save()
-        if skipped >= train.nonfinite_limit:
+        if self.skipped >= train.nonfinite_limit:
             raise cli.Exit(
                 cli.NONFINITE,
-                f"halted after step {step}: loss or gradients were not finite {skipped} steps in a row "
+                f"halted after step {step}: loss or gradients were not finite {self.skipped} steps in a row "
                 f"(train.nonfinite_limit); the state before them is saved in {self.folder}",
             )
         if self.save_failed:
@@ -194,27 +219,23 @@ class Loop:
                 cli.STOPPED, f"{stop.asked}: stopped after step {step}, saved; the same command goes on from there"
             )
 
-    def take_metrics(self, row: bool = False) -> int:
-        """Waits for the pending step and logs it where a row is due, or asked for with `row`.
-
-        Returns: how many steps in a row were not finite until it.
-        """
+    def take_metrics(self, row: bool = False) -> None:
+        """Waits for the pending step and logs it where a row is due, or asked for with `row`."""
         if self.pending is None:
-            return 0
+            return
         step, device_metrics = self.pending
         self.pending = None
-        skipped = int(jax.device_get(device_metrics["skipped"])[1])
+        self.skipped = int(jax.device_get(device_metrics["skipped"])[1])
         now = time.monotonic()
         self.seconds.append(now - self.clock)
         self.clock = now
-        if skipped:
-            self.progress.print(f"step {step}: loss or gradients are not finite; skipped, {skipped} in a row")
+        if self.skipped:
+            self.progress.print(f"step {step}: loss or gradients are not finite; skipped, {self.skipped} in a row")
         if row or _due(self.steps.log_every, step):
             values = self.program.figures(device_metrics, statistics.fmean(self.seconds), self.peak)
             self.seconds.clear()
             self.progress.print(console.line(self.writer.write(step, "train", values), self.steps.steps))
         self.progress.step(step)
-        return skipped
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         self.progress.print(f"evaluating on {self.corpus.eval.targets:,} held-out tokens …")
