@@ -1,0 +1,221 @@
+"""The MoE layer and the whole model as their definitions read: dense, in float64, sharing no code with the package.
+
+`moe` loops over tokens and experts in NumPy, its gradient written by hand and checked by differences in test_oracle.py.
+`model_loss` is the transformer on one device, every expert on every token, differentiated by JAX.
+"""
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+erf = np.vectorize(math.erf)
+
+
+def capacity(tokens: int, model) -> int:
+    """ceil(tokens × top_k / experts × capacity_factor), in exact arithmetic."""
+    return math.ceil(Fraction(tokens * model.top_k, model.experts) * Fraction(str(model.capacity_factor)))
+
+
+def softmax(v):
+    e = np.exp(v - v.max())
+    return e / e.sum()
+
+
+def expert_forward(x, w, e, activation):
+    """One token [D] through expert e; returns the output [D] and what the gradient needs."""
+    up = x @ w["in"][e]
+    if activation == "swiglu":
+        gate = x @ w["gate"][e]
+        h = gate / (1 + np.exp(-gate)) * up
+        return h @ w["out"][e], (gate, up, h)
+    h = up * (1 + erf(up / math.sqrt(2))) / 2
+    return h @ w["out"][e], (None, up, h)
+
+
+def expert_backward(dy, x, w, dw, e, activation, saved):
+    """Adds the weights' gradients to `dw`; returns the input's."""
+    gate, up, h = saved
+    dw["out"][e] += np.outer(h, dy)
+    dh = w["out"][e] @ dy
+    if activation == "swiglu":
+        sigmoid = 1 / (1 + np.exp(-gate))
+        dgate = dh * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
+        dup = dh * gate * sigmoid
+        dw["gate"][e] += np.outer(x, dgate)
+        dw["in"][e] += np.outer(x, dup)
+        return w["gate"][e] @ dgate + w["in"][e] @ dup
+    density = np.exp(-(up**2) / 2) / math.sqrt(2 * math.pi)
+    dup = dh * ((1 + erf(up / math.sqrt(2))) / 2 + up * density)
+    dw["in"][e] += np.outer(x, dup)
+    return w["in"][e] @ dup
+
+
+def moe(x_td, w, model, groups=(), mask_tnd=None, direction_td=None):
+    """The MoE layer of all tokens, and the gradient of <output, direction> plus the two auxiliary losses.
+
+    Args:
+        x_td: tokens.
+        w: weights `router` [D, E], `in`, `gate` (swiglu), `out` [E, ...].
+        model: the `ModelConfig`.
+        groups: token numbers of each group in which capacity counts; unused without a capacity factor.
+        mask_tnd: what each chosen expert's output is multiplied by, before the weighted sum.
+        direction_td: a linear functional of the output; None: no gradient.
+
+    Returns: output [T, D]; dict of load_balancing, router_z, load_e, dropped; gradients of `x` and the weights by name.
+    """
+    tokens, _ = x_td.shape
+    top_k, experts = model.top_k, model.experts
+    scores = x_td @ w["router"]
+    ids = np.array([sorted(range(experts), key=lambda e: (-scores[t, e], e))[:top_k] for t in range(tokens)])
+    kept = np.ones((tokens, top_k), bool)
+    if model.capacity_factor is not None:
+        for group in groups:
+            served = [0] * experts
+            for t in group:
+                for n in range(top_k):
+                    kept[t, n] = served[ids[t, n]] < capacity(len(group), model)
+                    served[ids[t, n]] += 1
+    mask = np.ones((tokens, top_k, x_td.shape[1])) if mask_tnd is None else mask_tnd
+
+    y = np.zeros_like(x_td)
+    saved = {}
+    weights = np.array([softmax(scores[t, ids[t]]) for t in range(tokens)])
+    for t in range(tokens):
+        for n in range(top_k):
+            if kept[t, n]:
+                out, hidden = expert_forward(x_td[t], w, ids[t, n], model.activation)
+                saved[t, n] = out, hidden
+                y[t] += weights[t, n] * mask[t, n] * out
+
+    load = np.array([(ids == e).sum() for e in range(experts)])
+    p = np.array([softmax(scores[t]) for t in range(tokens)])
+    lse = np.array([scores[t].max() + np.log(np.exp(scores[t] - scores[t].max()).sum()) for t in range(tokens)])
+    share = load / (tokens * top_k)
+    stats = {
+        "load_balancing": experts * (share * p.mean(axis=0)).sum(),
+        "router_z": (lse**2).mean(),
+        "load_e": load,
+        "dropped": (~kept).sum(),
+    }
+    if direction_td is None:
+        return y, stats, None
+
+    dw = {name: np.zeros_like(value) for name, value in w.items()}
+    dx = np.zeros_like(x_td)
+    for t in range(tokens):
+        # The auxiliary losses, at their coefficients.
+        dp = model.load_balancing_coefficient * experts * share / tokens
+        dscores = p[t] * (dp - p[t] @ dp) + model.router_z_coefficient * 2 * lse[t] * p[t] / tokens
+        dweight = np.zeros(top_k)
+        for n in range(top_k):
+            if kept[t, n]:
+                out, hidden = saved[t, n]
+                dweight[n] = direction_td[t] @ (mask[t, n] * out)
+                dout = weights[t, n] * mask[t, n] * direction_td[t]
+                dx[t] += expert_backward(dout, x_td[t], w, dw, ids[t, n], model.activation, hidden)
+        dscores[ids[t]] += weights[t] * (dweight - weights[t] @ dweight)
+        dw["router"] += np.outer(x_td[t], dscores)
+        dx[t] += w["router"] @ dscores
+    return y, stats, {"x": dx, **dw}
+
+
+def device_groups(rows: int, length: int, attention: int, expert: int, size: int | None) -> list[np.ndarray]:
+    """Token numbers of each group: of each device's tokens, or of `size` consecutive ones of those."""
+    numbers = np.arange(rows * length).reshape(expert, rows // expert, attention, length // attention)
+    devices = [numbers[e, :, a].ravel() for e in range(expert) for a in range(attention)]
+    return [group for device in devices for group in np.split(device, len(device) // (size or len(device)))]
+
+
+# The whole model. `params` has the names and shapes of the package's parameters, which its checkpoints store.
+
+
+def rms_norm(x, scale, eps):
+    return x / jnp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * scale
+
+
+def rotary(x_shq, theta):
+    """Rotation of the pair (i, i + Q/2) at position m by the angle m × theta^(-2i/Q), as complex numbers."""
+    s, _, q = x_shq.shape
+    angle = jnp.arange(s)[:, None] * theta ** (-2.0 * jnp.arange(q // 2) / q)
+    pair = (x_shq[..., : q // 2] + 1j * x_shq[..., q // 2 :]) * jnp.exp(1j * angle)[:, None, :]
+    return jnp.concatenate([pair.real, pair.imag], axis=-1)
+
+
+def attend(q_shq, k_skq, v_skq, segment_s):
+    """Causal attention of one sequence, head by head; query head h uses key/value head h // (H / K)."""
+    s, heads, q = q_shq.shape
+    visible = jnp.tril(jnp.ones((s, s), bool)) & (segment_s[:, None] == segment_s[None, :])
+    share = heads // k_skq.shape[1]
+    out = []
+    for h in range(heads):
+        scores = q_shq[:, h] @ k_skq[:, h // share].T / math.sqrt(q)
+        out.append(jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1) @ v_skq[:, h // share])
+    return jnp.stack(out, axis=1)
+
+
+def dense_moe(x_td, w, layer, model, groups):
+    """Every expert on every token, weighted; the auxiliary losses, the load and the dropped choices."""
+    tokens = x_td.shape[0]
+    scores = x_td @ w["router"]["w_lde"][layer]
+    top, ids = jax.lax.top_k(scores, model.top_k)
+    chosen_tne = ids[..., None] == jnp.arange(model.experts)
+    kept = jnp.ones((tokens, model.top_k), bool)
+    if model.capacity_factor is not None:
+        for group in groups:
+            of_group = chosen_tne[np.asarray(group)].reshape(-1, model.experts)
+            place = ((jnp.cumsum(of_group, axis=0) - of_group) * of_group).sum(axis=1)
+            kept = kept.at[np.asarray(group)].set((place < capacity(len(group), model)).reshape(-1, model.top_k))
+    weight_te = ((jax.nn.softmax(top, axis=-1) * kept)[..., None] * chosen_tne).sum(axis=1)
+    y = 0
+    for e in range(model.experts):
+        up = x_td @ w["experts"]["w_in_ledf"][layer, e]
+        if model.activation == "swiglu":
+            h = jax.nn.silu(x_td @ w["experts"]["w_gate_ledf"][layer, e]) * up
+        else:
+            h = up * (1 + jax.scipy.special.erf(up / math.sqrt(2))) / 2
+        y += weight_te[:, e, None] * (h @ w["experts"]["w_out_lefd"][layer, e])
+    share = chosen_tne.sum(axis=(0, 1)) / (tokens * model.top_k)
+    balancing = model.experts * (share * jax.nn.softmax(scores, axis=-1).mean(axis=0)).sum()
+    z = (jax.nn.logsumexp(scores, axis=-1) ** 2).mean()
+    return y, balancing, z, (~kept).sum()
+
+
+def model_loss(params, batch_abt, config, groups=(), end_of_text=None):
+    """Total loss of a step on records [accumulation, micro-batch, S + 1], and the cross-entropy a token."""
+    model = config.model
+    total_nll, auxiliary, dropped = 0.0, 0.0, 0
+    for batch_bt in np.asarray(batch_abt):
+        tokens, targets = np.maximum(batch_bt[:, :-1], 0), batch_bt[:, 1:]
+        b, s = tokens.shape
+        segments = np.zeros((b, s), int)
+        if end_of_text is not None:
+            for row in range(b):
+                for i in range(1, s):
+                    segments[row, i] = segments[row, i - 1] + (tokens[row, i - 1] == end_of_text)
+        x = params["embedding"]["table_vd"][tokens]
+        for layer in range(model.layers):
+            block = params["blocks"]
+            w = block["attention"]
+            y = rms_norm(x, block["attention_norm"]["scale"][layer], model.norm_eps)
+            rows = []
+            for row in range(b):
+                q = rotary(jnp.einsum("sd,dhq->shq", y[row], w["wq_ldhq"][layer]), model.rope_theta)
+                k = rotary(jnp.einsum("sd,dkq->skq", y[row], w["wk_ldkq"][layer]), model.rope_theta)
+                v = jnp.einsum("sd,dkq->skq", y[row], w["wv_ldkq"][layer])
+                rows.append(jnp.einsum("shq,hqd->sd", attend(q, k, v, segments[row]), w["wo_lhqd"][layer]))
+            x = x + jnp.stack(rows)
+            y = rms_norm(x, block["moe_norm"]["scale"][layer], model.norm_eps).reshape(b * s, -1)
+            y, balancing, z, lost = dense_moe(y, block["moe"], layer, model, groups)
+            auxiliary += model.load_balancing_coefficient * balancing + model.router_z_coefficient * z
+            dropped += lost
+            x = x + y.reshape(b, s, -1)
+        x = rms_norm(x, params["final_norm"]["scale"], model.norm_eps)
+        table = params["embedding"]["table_vd"] if model.tied_embedding else params["head_vd"]
+        log_p = jax.nn.log_softmax(x @ table[: model.vocab_size].T, axis=-1)
+        nll = -jnp.take_along_axis(log_p, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        total_nll += jnp.where(targets >= 0, nll, 0).sum()
+    count = (np.asarray(batch_abt)[..., 1:] >= 0).sum()
+    return total_nll / count + auxiliary / len(batch_abt), (total_nll / count, dropped)

@@ -1,0 +1,45 @@
+"""Small configs for tests, on any mesh shape, and text that a model soon learns."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from maxsep.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from maxsep.validate import validate
+
+MESHES = [(1, 1), (2, 2), (4, 4), (1, 16), (16, 1), (2, 8), (8, 2)]  # attention × expert
+
+
+def config(mesh: tuple[int, int] = (1, 1), **sections: dict) -> Config:
+    """A valid config that every mesh shape of 16 devices divides, with `sections` (`model={"top_k": 1}`) changed.
+
+    Two layers of 16 with 16 heads and 16 experts, 16 sequences of 32 tokens, 200 ids.
+    """
+    base = Config(
+        name="small",
+        mesh=MeshConfig(1, *mesh),
+        train=TrainConfig(steps=20, batch_size=16),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
+        data=DataConfig(sequence_length=32, tokenizer="tokenizer.json"),
+        model=ModelConfig(layers=2, d_model=16, heads=16, head_dim=4, experts=16, d_ff=12, vocab_size=200),
+    )
+    made = replace(base, **{name: replace(getattr(base, name), **fields) for name, fields in sections.items()})
+    validate(made)
+    return made
+
+
+def named(mesh: tuple[int, int]) -> str:
+    return f"{mesh[0]}x{mesh[1]}"
+
+
+def text(config: Config, steps: int, seed: int = 0) -> np.ndarray:
+    """Batches [steps, accumulation, micro-batch, S + 1]: after each id one of four others, some ids much rarer."""
+    rng = np.random.default_rng(seed)
+    ids, train = config.model.vocab_size, config.train
+    follows = (ids * rng.random((ids, 4)) ** 3).astype(np.int32)
+    rows = steps * train.batch_size
+    out = np.empty((rows, config.data.sequence_length + 1), np.int32)
+    out[:, 0] = rng.integers(ids, size=rows)
+    for i in range(1, out.shape[1]):
+        out[:, i] = follows[out[:, i - 1], rng.integers(4, size=rows)]
+    return out.reshape(steps, train.accumulation, train.batch_size // train.accumulation, -1)
