@@ -41,9 +41,9 @@ def test_the_whole_train_step_type_checks_on_sixteen_devices(mesh):
         after, metrics = jax.eval_shape(program.train_step, state, batch)
     assert jax.tree.map(described, after) == jax.tree.map(described, state)
     assert metrics["load_le"].shape == (4, 16)
-    moments = jax.tree.leaves(state.optimizer)
-    split = {axis for leaf in moments if leaf.ndim for part in leaf.sharding.spec if part for axis in part}
-    assert split == {"attention", "expert"}
+    for leaf in jax.tree.leaves(state.optimizer):  # ZeRO-1: nothing of it is on two devices
+        axes = jax.tree.leaves(tuple(leaf.sharding.spec)) if leaf.ndim else ["attention", "expert"]
+        assert sorted(set(axes) & {"attention", "expert"}) == ["attention", "expert"]
     embedding_rows = config.model.padded_vocab_size - config.model.vocab_size
     padding = 2 * embedding_rows * config.model.d_model
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == config.model.parameters + padding
