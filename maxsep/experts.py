@@ -1,6 +1,7 @@
 """The experts: a gated (SwiGLU) or plain (GELU) two-layer network each, and their products over grouped tokens."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,25 @@ def _activate(activation: str, *hidden: jax.Array) -> jax.Array:
     if activation == "swiglu":
         gate, up = hidden
         return jax.nn.silu(gate) * up
-    return jax.nn.gelu(hidden[0], approximate=False)
+    return _gelu(*hidden)
+
+
+@jax.custom_jvp
+def _gelu(x: jax.Array) -> jax.Array:
+    """x × the normal distribution's cumulative function (Hendrycks and Gimpel 2016), exact."""
+    return x * _normal_cdf(x)
+
+
+@_gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    # JAX 0.12 cannot differentiate erfc inside `shard_map`.
+    (x,), (dx,) = primals, tangents
+    cdf = _normal_cdf(x)
+    return x * cdf, dx * (cdf + x * jnp.exp(-jnp.square(x) / 2) * (2 * math.pi) ** -0.5)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return lax.erfc(-x * 0.5**0.5) / 2
 
 
 def _plan(rows_e: jax.Array):
