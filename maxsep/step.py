@@ -92,7 +92,7 @@ class Program:
             keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
             params = jax.tree.map(jax.reshard, keep(new, old), self.param_specs)
             optimizer = keep(optimizer, state.optimizer)
-            skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
+            skipped = jnp.where(finite, state.skipped * jnp.array([1, 0], jnp.int32), state.skipped + 1)
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(self.learning_rate(state.step)),
