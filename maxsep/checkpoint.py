@@ -207,6 +207,9 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> SaveError:
         step, self._saving = self._saving, None
+        if self._writes:  # Orbax leaves what it had written, which the next save may need the room of
+            for begun in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(begun, ignore_errors=True)
         if self.directory.is_dir():
             self._manager.reload()  # it listed the step as saved, and those to be removed after it as gone
         return SaveError(f"checkpoint of step {step} was not saved in {self.directory}: {_one_line(error)}")

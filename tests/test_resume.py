@@ -1,7 +1,5 @@
 """A run that was killed or stopped goes on to the bits of the run that never was."""
 
-import pytest
-
 import kill
 
 
