@@ -85,9 +85,9 @@ class Process:
         """The latest checkpoint's step; 0 where there is none."""
         return max((int(p.name) for p in self.workdir.glob("checkpoints/*") if p.name.isdigit()), default=0)
 
-    def ended(self) -> int:
+    def ended(self, limit: float = LIMIT) -> int:
         """The exit status, when it is there."""
-        return self._process.wait(LIMIT)
+        return self._process.wait(limit)
 
     def signal_when(self, moment: Callable[["Process"], bool], *numbers: int) -> None:
         """Sends signals at a moment in which `moment` holds: it is asked again while the process is held still."""
@@ -118,6 +118,17 @@ def killed(workdir: Path, moment: Callable[[Process], bool], *arguments: str) ->
     process = Process(workdir, *arguments)
     process.signal_when(moment, signal.SIGKILL)
     assert process.ended() == -signal.SIGKILL
+
+
+def killed_after(workdir: Path, seconds: float, *arguments: str) -> bool:
+    """Trains for some seconds and not further; whether it was not done by then."""
+    process = Process(workdir, *arguments)
+    try:
+        assert process.ended(seconds) == 0, process.printed
+        return False
+    except subprocess.TimeoutExpired:
+        process.signal_when(lambda _: True, signal.SIGKILL)
+        return process.ended() == -signal.SIGKILL
 
 
 def figures(workdir: Path) -> dict[tuple[int, str], dict]:

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -336,6 +337,17 @@ def test_a_signal_ends_the_run_after_its_step(call, workdir, finished_run, monke
     assert call(workdir)[0] == cli.DONE
     assert kill.figures(workdir) == kill.figures(finished_run)
     assert kill.state(workdir) == kill.state(finished_run)
+
+
+def test_a_second_signal_ends_it_at_once():
+    code = (
+        "from signal import SIGINT, SIGTERM, raise_signal\n"
+        "from maxsep.signals import Stop\n"
+        "with Stop() as stop:\n"
+        "    raise_signal(SIGTERM); print(stop.asked, flush=True); raise_signal(SIGINT); print('not reached')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGTERM\n")
 
 
 def test_a_folder_that_cannot_be_made_is_told(call):
