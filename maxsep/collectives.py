@@ -1,6 +1,6 @@
 """Communication between devices, inside the train step's one `jax.shard_map`.
 
-Everything the model sends goes through these functions. Each takes the mesh axes from the layout and does nothing where
+What layers exchange goes through these functions; scalars and gradients are summed with `lax.psum`. Each takes the mesh axes from the layout and does nothing where
 those have size 1, so the same model runs on one device. Arrays are what one device holds.
 """
 

@@ -107,7 +107,7 @@ class ModelConfig:
     kv_heads: int | None = None  # key/value heads; None: as many as heads
     head_dim: int | None = None  # None: d_model / heads
     experts: int = 16  # a layer
-    top_k: int = 2  # experts a token
+    top_k: int = 2  # experts a token; with 1 its weight is always 1, and only the auxiliary losses train the router
     d_ff: int = 512  # hidden size of an expert
     vocab_size: int = 50_257  # rows of the embedding that stand for an id; padded for sharding only
     activation: str = "swiglu"  # swiglu (three matrices an expert), gelu (two)

@@ -19,9 +19,12 @@ from maxsep.experts import Experts
 
 
 def capacity_of(tokens: int, top_k: int, experts: int, capacity_factor: float) -> int:
-    """Places an expert has for a group of `tokens` tokens: ceil(tokens × top_k / experts × capacity_factor)."""
-    # Exact in floats of this size but for the last bit: 1.1 × 10 must not become 12 places.
-    return math.ceil(round(tokens * top_k * capacity_factor / experts, 9))
+    """Places an expert has for a group of `tokens` tokens: ceil(tokens × top_k / experts × capacity_factor).
+
+    At least one, and at most `tokens`: a token chooses an expert once.
+    """
+    # Rounded, as in floats 1.1 × 10 is a little over 11 and would make 12 places.
+    return min(tokens, max(1, math.ceil(round(tokens * top_k * capacity_factor / experts, 9))))
 
 
 def with_capacity(

@@ -131,6 +131,10 @@ class _Preparation:
 
     def check(self, train_tokens: int, eval_tokens: int) -> None:
         data = self.config.data
+        limits = {"max_tokens": train_tokens, "eval_max_tokens": eval_tokens}
+        for field, tokens in limits.items():
+            if tokens < 2 and getattr(data, field) is not None:
+                raise ConfigError(f"data.{field}: got {getattr(data, field)}; takes None, or at least 2 tokens")
         for field, tokens in (("split", train_tokens), ("eval_split", eval_tokens)):
             if tokens < 2:
                 got = f"got {getattr(data, field)}, which holds no text"

@@ -95,7 +95,7 @@ class Program:
             skipped = jnp.where(finite, state.skipped * jnp.array([1, 0], jnp.int32), state.skipped + 1)
         metrics |= {
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(self.learning_rate(state.step)),
+            "learning_rate": jnp.asarray(self.learning_rate(state.step - state.skipped[0])),  # counts updates
             "skipped": skipped,
         }
         return TrainState(state.step + 1, params, optimizer, skipped), metrics

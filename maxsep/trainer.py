@@ -1,5 +1,6 @@
 """Training: a new or restored state, the loop over steps, and what a run leaves behind."""
 
+import json
 import math
 import shlex
 import statistics
@@ -63,7 +64,7 @@ def train(config: Config, folder: Path) -> None:
             if saved:
                 _say(f"going on from step {step} in {folder}")
             Loop(run, corpus, folder, checkpoints, writer, peak).run(state, position)
-    finish(run, corpus, folder, time.monotonic() - started)
+    finish(run, corpus, folder, None if step >= config.train.steps else time.monotonic() - started)
 
 
 def _check_finished(folder: Path, step: int, config: Config) -> None:
@@ -78,6 +79,8 @@ def _check_finished(folder: Path, step: int, config: Config) -> None:
 def evaluate(config: Config, folder: Path) -> None:
     """Prints the held-out loss of the run's latest checkpoint; changes nothing."""
     config = workdir.check_resume(folder, config)
+    if not Checkpoints.exist(folder / "checkpoints"):
+        raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
     corpus = prepare.ensure(config, _say)
     workdir.check_resume(folder, config, corpus.fingerprint)
     with jax.set_mesh(make_mesh(config)), Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
@@ -87,8 +90,38 @@ def evaluate(config: Config, folder: Path) -> None:
     _say(console.table(f"step {step}", _held_out(scores["loss"], corpus)))
 
 
-def finish(run: Run, corpus: Corpus, folder: Path, seconds: float) -> None:
-    """Writes `summary.json` from the run's rows, and prints it."""
+def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> None:
+    """Writes `summary.json` from the run's rows, and prints it.
+
+    `seconds` is what this start of the run took; None: it found all steps done, and a summary stays as it is.
+    """
+    path = folder / "summary.json"
+    if seconds is None and path.exists():
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        summary = summarise(run, corpus, folder, seconds)
+        workdir.write_json(path, summary)
+    mfu = "unknown, the device's peak is not known" if summary["mfu"] is None else f"{summary['mfu']:.1%}"
+    speed = f"{_number(summary['tokens_per_second']):,.0f} tokens/s, {_number(summary['step_seconds']):.3f} s a step, MFU {mfu}"
+    _say(
+        console.table(
+            f"result after step {summary['steps']}",
+            {
+                **_held_out(_number(summary["eval_loss"]), corpus),
+                "train loss": f"{_number(summary['train_loss']):.4f} nats/token",
+                "speed": speed,
+                "time": f"{_number(summary['seconds']):.0f} s",
+                "written": f"{folder}: checkpoints/, metrics.jsonl, summary.json, tensorboard/",
+            },
+        )
+    )
+    flag = "--config.train.steps="
+    again = [argument for argument in sys.argv if not argument.startswith(flag)]
+    _say("train on: " + shlex.join(["python", *again, f"{flag}{2 * summary['steps']}"]))
+
+
+def summarise(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> dict:
+    """What `summary.json` holds: docs/metrics.md."""
     rows = metrics.read_rows(folder / "metrics.jsonl")
     trained = [row for row in rows if row["split"] == "train"]
     held_out = [row for row in rows if row["split"] == "eval"]
@@ -97,16 +130,13 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float) -> None:
         values = [row[name] for row in trained if row[name] is not None]
         return statistics.median(values) if values else None
 
-    def number(value: float | None) -> float:
-        return math.nan if value is None else value  # JSON has no word for what is not finite
-
     config = run.config
-    summary = {
+    return {
         "steps": trained[-1]["step"],
         "parameters": config.model.parameters,
-        "train_loss": number(trained[-1]["loss"]),
-        "eval_loss": number(held_out[-1]["loss"]),
-        "eval_perplexity": number(held_out[-1]["perplexity"]),
+        "train_loss": trained[-1]["loss"],
+        "eval_loss": held_out[-1]["loss"],
+        "eval_perplexity": held_out[-1]["perplexity"],
         "eval_tokens": corpus.eval.targets,
         "unigram_entropy": corpus.unigram_entropy,
         **{name: median(name) for name in ("tokens_per_second", "step_seconds", "mfu")},
@@ -115,24 +145,10 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float) -> None:
         "layout": config.layout,
         "mesh": {axis: getattr(config.mesh, axis) for axis in ("stage", "attention", "expert")},
     }
-    workdir.write_json(folder / "summary.json", summary)
-    mfu = "unknown, the device's peak is not known" if summary["mfu"] is None else f"{summary['mfu']:.1%}"
-    speed = f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['step_seconds']:.3f} s a step, MFU {mfu}"
-    _say(
-        console.table(
-            f"result after step {summary['steps']}",
-            {
-                **_held_out(summary["eval_loss"], corpus),
-                "train loss": f"{summary['train_loss']:.4f} nats/token",
-                "speed": speed,
-                "time": f"{seconds:.0f} s",
-                "written": f"{folder}: checkpoints/, metrics.jsonl, summary.json, tensorboard/",
-            },
-        )
-    )
-    flag = "--config.train.steps="
-    again = [argument for argument in sys.argv if not argument.startswith(flag)]
-    _say("train on: " + shlex.join(["python", *again, f"{flag}{2 * summary['steps']}"]))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value  # JSON has no word for what is not finite
 
 
 def _held_out(loss: float, corpus: Corpus) -> dict[str, str]:
@@ -156,7 +172,7 @@ class Loop:
         writer: MetricsWriter,
         peak: float | None,
     ):
-        self.steps, self.corpus, self.folder, self.peak = run.config.train, corpus, folder, peak
+        self.train, self.corpus, self.folder, self.peak = run.config.train, corpus, folder, peak
         self.program, self.checkpoints, self.writer = run, checkpoints, writer
         self.pending: tuple[int, dict] | None = None  # a step whose metrics are still on the devices
         self.seconds: list[float] = []  # of each step since the last row
@@ -169,7 +185,7 @@ class Loop:
         Raises:
             cli.Exit: see `train`.
         """
-        train, step = self.steps, int(state.step)
+        train, step = self.train, int(state.step)
         bounds = [int(number) for number in (train.profile or "1:0").split(":")]
         profiled, profiling = range(bounds[0], bounds[1] + 1), False
         with ExitStack() as stack:
@@ -190,7 +206,9 @@ class Loop:
                 self.take_metrics()
                 step, position = step + 1, position + train.batch_size
                 self.pending = (step, device_metrics)
-                halt = stop.asked is not None or self.skipped >= train.nonfinite_limit
+                # Kept: the step under way may be finite again.
+                nonfinite = self.skipped if self.skipped >= train.nonfinite_limit else 0
+                halt = stop.asked is not None or nonfinite > 0
                 last = halt or step == train.steps
                 evaluate = step == train.steps or (_due(train.eval_every, step) and not halt)
                 if profiling and (last or step + 1 not in profiled):
@@ -206,10 +224,11 @@ class Loop:
                 if last:
                     break
             self.wait_for_save()
-        if self.skipped >= train.nonfinite_limit:
+        nonfinite = max(nonfinite, self.skipped if self.skipped >= train.nonfinite_limit else 0)
+        if nonfinite:
             raise cli.Exit(
                 cli.NONFINITE,
-                f"halted after step {step}: loss or gradients were not finite {self.skipped} steps in a row "
+                f"halted after step {step}: loss or gradients were not finite {nonfinite} steps in a row "
                 f"(train.nonfinite_limit); the state before them is saved in {self.folder}",
             )
         if self.save_failed:
@@ -231,16 +250,16 @@ class Loop:
         self.clock = now
         if self.skipped:
             self.progress.print(f"step {step}: loss or gradients are not finite; skipped, {self.skipped} in a row")
-        if row or _due(self.steps.log_every, step):
+        if row or _due(self.train.log_every, step):
             values = self.program.figures(device_metrics, statistics.fmean(self.seconds), self.peak)
             self.seconds.clear()
-            self.progress.print(console.line(self.writer.write(step, "train", values), self.steps.steps))
+            self.progress.print(console.line(self.writer.write(step, "train", values), self.train.steps))
         self.progress.step(step)
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         self.progress.print(f"evaluating on {self.corpus.eval.targets:,} held-out tokens …")
         scores = self.program.evaluate(state.params, self.corpus)
-        self.progress.print(console.line(self.writer.write(step, "eval", scores), self.steps.steps))
+        self.progress.print(console.line(self.writer.write(step, "eval", scores), self.train.steps))
         return {"eval_loss": scores["loss"]}
 
     def save(self, step: int, state: TrainState, data: dict, scores: dict[str, float] | None) -> None:

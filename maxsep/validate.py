@@ -72,6 +72,8 @@ def _run(config: Config) -> None:
         steps = re.fullmatch(r"(\d+):(\d+)", train.profile)
         holds = steps is not None and 1 <= int(steps[1]) <= int(steps[2])
         _need(holds, "train.profile", train.profile, "FIRST:LAST, steps from 1, as 10:12")
+        takes = f"steps up to train.steps ({train.steps})"
+        _need(int(steps[2]) <= train.steps, "train.profile", train.profile, takes)
 
 
 def _optimizer(config: Config) -> None:

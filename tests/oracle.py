@@ -4,6 +4,7 @@
 `model_loss` is the transformer on one device, every expert on every token, differentiated by JAX.
 """
 
+import functools
 import math
 from fractions import Fraction
 
@@ -144,6 +145,13 @@ def rotary(x_shq, theta):
     return jnp.concatenate([pair.real, pair.imag], axis=-1)
 
 
+def attention(x_sd, segment_s, w, layer, model):
+    q = rotary(jnp.einsum("sd,dhq->shq", x_sd, w["wq_ldhq"][layer]), model.rope_theta)
+    k = rotary(jnp.einsum("sd,dkq->skq", x_sd, w["wk_ldkq"][layer]), model.rope_theta)
+    v = jnp.einsum("sd,dkq->skq", x_sd, w["wv_ldkq"][layer])
+    return jnp.einsum("shq,hqd->sd", attend(q, k, v, segment_s), w["wo_lhqd"][layer])
+
+
 def attend(q_shq, k_skq, v_skq, segment_s):
     """Causal attention of one sequence, head by head; query head h uses key/value head h // (H / K)."""
     s, heads, q = q_shq.shape
@@ -200,13 +208,7 @@ def model_loss(params, batch_abt, config, groups=(), end_of_text=None):
             block = params["blocks"]
             w = block["attention"]
             y = rms_norm(x, block["attention_norm"]["scale"][layer], model.norm_eps)
-            rows = []
-            for row in range(b):
-                q = rotary(jnp.einsum("sd,dhq->shq", y[row], w["wq_ldhq"][layer]), model.rope_theta)
-                k = rotary(jnp.einsum("sd,dkq->skq", y[row], w["wk_ldkq"][layer]), model.rope_theta)
-                v = jnp.einsum("sd,dkq->skq", y[row], w["wv_ldkq"][layer])
-                rows.append(jnp.einsum("shq,hqd->sd", attend(q, k, v, segments[row]), w["wo_lhqd"][layer]))
-            x = x + jnp.stack(rows)
+            x = x + jax.vmap(functools.partial(attention, w=w, layer=layer, model=model))(y, segments)
             y = rms_norm(x, block["moe_norm"]["scale"][layer], model.norm_eps).reshape(b * s, -1)
             y, balancing, z, lost = dense_moe(y, block["moe"], layer, model, groups)
             auxiliary += model.load_balancing_coefficient * balancing + model.router_z_coefficient * z

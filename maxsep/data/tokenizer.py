@@ -86,7 +86,7 @@ class JsonTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            content = Path(path).read_bytes()
+            content = Path(path).expanduser().read_bytes()
         except OSError as error:
             takes = "gpt2, gpt2:N, bytes, or the path of a tokenizer.json"
             raise ConfigError(f"data.tokenizer: got {path!r} ({_reason(error)}); takes {takes}") from None
