@@ -1,7 +1,8 @@
 """Communication between devices, inside the train step's one `jax.shard_map`.
 
-What layers exchange goes through these functions; scalars and gradients are summed with `lax.psum`. Each takes the mesh axes from the layout and does nothing where
-those have size 1, so the same model runs on one device. Arrays are what one device holds.
+What layers exchange goes through these functions; losses, counts and gradients are added up with `lax.psum`. Each takes
+the mesh axes from the layout and does nothing where those have size 1, so the same model runs on one device. Arrays are
+what one device holds.
 """
 
 import math

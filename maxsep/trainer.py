@@ -102,14 +102,14 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> Non
         summary = summarise(run, corpus, folder, seconds)
         workdir.write_json(path, summary)
     mfu = "unknown, the device's peak is not known" if summary["mfu"] is None else f"{summary['mfu']:.1%}"
-    speed = f"{_number(summary['tokens_per_second']):,.0f} tokens/s, {_number(summary['step_seconds']):.3f} s a step, MFU {mfu}"
+    tokens, seconds = _number(summary["tokens_per_second"]), _number(summary["step_seconds"])
     _say(
         console.table(
             f"result after step {summary['steps']}",
             {
                 **_held_out(_number(summary["eval_loss"]), corpus),
                 "train loss": f"{_number(summary['train_loss']):.4f} nats/token",
-                "speed": speed,
+                "speed": f"{tokens:,.0f} tokens/s, {seconds:.3f} s a step, MFU {mfu}",
                 "time": f"{_number(summary['seconds']):.0f} s",
                 "written": f"{folder}: checkpoints/, metrics.jsonl, summary.json, tensorboard/",
             },
