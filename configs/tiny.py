@@ -2,7 +2,7 @@
 
     python train.py
 
-Expected: about 4 minutes on 2 cores; held-out loss below the unigram entropy by more than 0.5 nats a token.
+Expected: some four minutes on 2 busy cores; held-out loss about 4.5 nats a token, where the unigram cross-entropy is 6.5.
 """
 
 from configs import base
