@@ -69,11 +69,16 @@ def train(config: Config, folder: Path) -> None:
 
 def _check_finished(folder: Path, step: int, config: Config) -> None:
     """Refuses to end a run at a step where it was only stopped: it has no result there."""
-    path = folder / "metrics.jsonl"
-    rows = metrics.read_rows(path) if path.exists() else []
-    if {"train", "eval"} - {row["split"] for row in rows if row["step"] == step}:
+    if {"train", "eval"} - _logged(folder, step):
         got = f"got {config.train.steps}, but the run in {folder} was stopped after step {step}"
         raise ConfigError(f"train.steps: {got}; takes at least {step + 1}")
+
+
+def _logged(folder: Path, step: int) -> set[str]:
+    """The splits that have a row of this step."""
+    path = folder / "metrics.jsonl"
+    rows = metrics.read_rows(path) if path.exists() else []
+    return {row["split"] for row in rows if row["step"] == step}
 
 
 def evaluate(config: Config, folder: Path) -> None:
@@ -96,10 +101,11 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> Non
     `seconds` is what this start of the run took; None: it found all steps done, and a summary stays as it is.
     """
     path = folder / "summary.json"
-    if seconds is None and path.exists():
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        summary = summarise(run, corpus, folder, seconds)
+    summary = summarise(run, corpus, folder, seconds)
+    before = json.loads(path.read_text(encoding="utf-8")) if seconds is None and path.exists() else {}
+    if before.get("steps") == summary["steps"]:
+        summary = before
+    else:  # there is none, or it is of fewer steps: the run was killed before it wrote that of these
         workdir.write_json(path, summary)
     mfu = "unknown, the device's peak is not known" if summary["mfu"] is None else f"{summary['mfu']:.1%}"
     tokens, seconds = _number(summary["tokens_per_second"]), _number(summary["step_seconds"])
@@ -195,6 +201,8 @@ class Loop:
             self.progress.print("compiling the train step …")
             train_step = self.program.compile_train_step()
             self.progress.print(f"compiled in {time.monotonic() - begin:.1f} s")
+            if step > 0 and _due(train.eval_every, step) and "eval" not in _logged(self.folder, step):
+                self.evaluate(state, step)  # a signal had left no time for it
             batches = stack.enter_context(closing(self.program.train_batches(self.corpus, position)))
             self.clock = time.monotonic()
             for batch in to_mesh(batches, self.program.batch_shape, self.program.batch_sharding):
