@@ -9,7 +9,7 @@ from maxsep.mesh import Layout
 
 
 def normal(rngs: nnx.Rngs, layout: Layout, letters: str, shape: tuple[int, ...], std: float, dtype) -> nnx.Param:
-    """Normally distributed parameter, drawn straight into its sharding; the values do not depend on the mesh."""
+    """Normally distributed parameter, drawn straight into its sharding; on any mesh the same but for rounding."""
     draw = jax.random.normal(rngs.params(), shape, dtype, out_sharding=layout.spec(letters))
     return nnx.Param(draw * jnp.asarray(std, dtype))
 
