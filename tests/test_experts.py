@@ -74,7 +74,7 @@ def test_padded_is_a_loop_over_experts(activation):
     with jax.enable_x64(True), jax.set_mesh(make_mesh(c)):
         experts = jax.tree.map(lambda w: w[0], Experts(nnx.Rngs(0), Layout.of(c), c.model, jnp.float64))
         mesh = jax.sharding.get_mesh()
-        y = np.asarray(experts.padded(jax.device_put(x, NamedSharding(mesh, P()))))
+        y = np.asarray(experts.padded(jax.device_put(x, NamedSharding(mesh, P("expert")))))
         w = {"in": np.asarray(experts.w_in_ledf[...]), "out": np.asarray(experts.w_out_lefd[...])}
         if activation == "swiglu":
             w["gate"] = np.asarray(experts.w_gate_ledf[...])
