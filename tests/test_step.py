@@ -104,7 +104,7 @@ def test_gradients_are_added_over_micro_batches():
 
 @pytest.mark.parametrize("mesh", [(4, 4), (1, 16)])
 def test_initial_weights_do_not_depend_on_the_mesh(mesh):
-    """Equal to the last bits: on another shape of an array XLA's CPU code may round the inverse error function otherwise."""
+    """Equal to the last bits: on another shape of an array XLA's CPU code may round the inverse error function otherwise."""  # noqa: E501
     drawn = []
     for shape in [(1, 1), mesh]:
         with jax.set_mesh(make_mesh(config(shape))):
