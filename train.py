@@ -1,14 +1,14 @@
 """Trains a Mixture-of-Experts transformer, or with --mode=eval evaluates its latest checkpoint.
 
 Without flags: configs/tiny.py, on real text, on a mesh that fits the machine. A run that was stopped goes on when
-the same command is given again.
+the same command is given again, or --workdir alone.
 """
 
 import sys
 
 from absl import flags
 
-from maxsep import cli, launch
+from maxsep import cli, launch, prepare, workdir
 
 
 def define(values: flags.FlagValues) -> None:
@@ -17,14 +17,17 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: cli.Args) -> None:
-    workdir = cli.workdir(args.flags.workdir or f"runs/{args.config.name}", exists=args.flags.mode == "eval")
-    config = launch.start(args.config, args.fit_mesh)
+    training = args.flags.mode == "train"
+    folder = cli.workdir(args.flags.workdir or f"runs/{args.config.name}", exists=not training)
+    workdir.check_start(folder, args.config, training)
+    prepare.check(args.config)
+    config = launch.start(args.config, args.fit_mesh, training)
     from maxsep import trainer  # imports JAX, which must wait until the flags are right
 
-    if args.flags.mode == "train":
-        trainer.train(config, workdir)
+    if training:
+        trainer.train(config, folder)
     else:
-        trainer.evaluate(config, workdir)
+        trainer.evaluate(config, folder)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def train(config: Config, names: list[str], options) -> list[dict]:
     run = Run(config)
     print(console.table(f"bench train: {config.name}", run.described()), flush=True)
     say("maxsep: compiling")
-    step, product = Step(run), Product(config.model.dtype)
+    step, product = Step(run), metrics.Product(run.mesh, config.model.dtype)
     for _ in range(options.warmup):
         step()
     product()
@@ -117,28 +117,6 @@ class Step:
     def __call__(self) -> None:
         self.state, metrics = self.compiled(self.state, self.batch)
         self.wait((self.state, metrics))
-
-
-class Product:
-    """A square matrix product on every device of the mesh at once, waited for: `flops` operations."""
-
-    def __init__(self, dtype: str):
-        import jax
-        import jax.numpy as jnp
-
-        from maxsep.layouts import AXES
-
-        mesh = jax.sharding.get_mesh()
-        size = 1536 if jax.default_backend() == "cpu" else 8192
-        shape, spec = (mesh.size, size, size), jax.sharding.PartitionSpec(AXES)
-        self.x = jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype, out_sharding=spec))()
-        # A float32 result: for a bfloat16 one XLA's CPU backend may take twice as long.
-        wide = jnp.promote_types(dtype, jnp.float32)
-        self.product = jax.jit(lambda x: jnp.einsum("nij,njk->nik", x, x, preferred_element_type=wide))
-        self.flops = 2 * mesh.size * size**3
-
-    def __call__(self) -> None:
-        self.product(self.x).block_until_ready()
 
 
 def facts(config: Config) -> dict:

@@ -74,11 +74,6 @@ class Checkpoints:
         }
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
 
-    @staticmethod
-    def exist(directory: Path) -> bool:
-        """Whether `directory` has a checkpoint that was saved whole."""
-        return directory.is_dir() and any(entry.name.isdigit() for entry in directory.iterdir())
-
     def save(self, step: int, state, data: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts to save, and returns once the state is copied or its buffers are held: it may then be donated.
 

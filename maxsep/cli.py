@@ -31,6 +31,7 @@ from ml_collections import config_flags
 
 from maxsep.config import Config, ConfigError, fields, from_config_dict, mistyped, to_config_dict, unknown_field
 from maxsep.validate import validate
+from maxsep.workdir import read_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # configs/ lies beside the package
 
@@ -52,7 +53,7 @@ class Args:
 
     flags: flags.FlagValues  # the tool's own, as attributes
     config: Config | None  # checked; None for a tool that takes none
-    fit_mesh: bool  # neither --config nor a field of the mesh was given: the mesh may follow the machine
+    fit_mesh: bool  # neither a config, a run nor a field of the mesh was named: the mesh may follow the machine
     command: str | None  # train in `bench train`; None for a tool without commands
 
 
@@ -109,11 +110,13 @@ def parse(
     values = flags.FlagValues()  # not absl's global ones, to which every imported library adds its own
     define(values)
     config = None
-    path, argv = _take_config(argv)
+    fit_mesh = False
+    path, argv = _take("config", argv)
     overridden = _overridden(argv)
     try:
         if default_config is not None:
-            config_dict = to_config_dict(load_config(str(REPOSITORY / default_config) if path is None else path))
+            base, fit_mesh = _base(path, default_config, argv if "workdir" in values else [])
+            config_dict = to_config_dict(base)
             config_flags.DEFINE_config_dict("config", config_dict, flag_values=values, sys_argv=argv)
         elif path is not None or overridden:
             raise ConfigError("--config: this command takes none")
@@ -132,7 +135,21 @@ def parse(
         raise ConfigError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     if config is not None:
         validate(config)
-    return Args(values, config, path is None and not any(p.startswith("mesh.") for p in overridden), command)
+    return Args(values, config, fit_mesh and not any(p.startswith("mesh.") for p in overridden), command)
+
+
+def config_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments of a command line that say which config it means: --config or else --workdir, and the overrides."""
+    path, others = _take("config", argv[1:])
+    folder, others = _take("workdir", others)
+    overrides, value_follows = [], False
+    for argument in others:
+        field = re.match(r"--?(no)?config\.", argument)
+        if field or (value_follows and not argument.startswith("-")):
+            overrides.append(argument)
+        value_follows = bool(field) and "=" not in argument
+    base = {"config": path} if path is not None else {"workdir": folder} if folder is not None else {}
+    return [*(f"--{flag}={value}" for flag, value in base.items()), *overrides]
 
 
 def load_config(path: str) -> Config:
@@ -189,7 +206,8 @@ def help_text(
     words = f" {{{','.join(commands)}}}" if commands else ""
     lines = [doc.strip(), "", f"usage: {Path(argv[0]).name}{words} [--flag=value ...]", ""]
     if default_config is not None:
-        lines += _entry("--config=FILE", f"config file (default {default_config})")
+        own = "the run's own in --workdir, else " if "workdir" in values else ""
+        lines += _entry("--config=FILE", f"config file (default {own}{default_config})")
         lines += _entry("--config.SECTION.FIELD=VALUE", "any field listed below")
     for name in sorted(values):
         flag = values[name]
@@ -198,9 +216,9 @@ def help_text(
         text = re.sub(r"^<.*?>: ", "", flag.help)  # absl's list of choices
         lines += _entry(f"--{name}={value}", text if flag.default is None else f"{text} (default {flag.default})")
     if default_config is not None:
-        path = _take_config(argv)[0]
-        config = load_config(str(REPOSITORY / default_config) if path is None else path)
-        lines += ["", f"config fields, with their values in {path or default_config}:"]
+        path, others = _take("config", argv)
+        config, _ = _base(path, default_config, others if "workdir" in values else [])
+        lines += ["", f"config fields, with their values in {path or config.name}:"]
         for field in fields():
             value = attrgetter(field.path)(config)
             lines += _entry(f"--config.{field.path}={value}", field.comment)
@@ -214,18 +232,31 @@ def _entry(left: str, right: str) -> list[str]:
     return [line.rstrip() for line in first + [" " * 47 + line for line in text[1:]]]
 
 
-def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of --config, and the other arguments: config_flags wants a config before it can read overrides."""
-    path, others = None, []
+def _base(path: str | None, default: str, argv: Sequence[str]) -> tuple[Config, bool]:
+    """The config that the flags change: --config's, else that of the run in --workdir, else the tool's default.
+
+    Also returned: whether it is the default, whose mesh may follow the machine.
+    """
+    if path is not None:
+        return load_config(path), False
+    folder = _take("workdir", argv)[0]
+    if folder and (Path(folder).expanduser() / "config.json").is_file():
+        return read_config(Path(folder).expanduser())[0], False
+    return load_config(str(REPOSITORY / default)), True
+
+
+def _take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of a flag, and the other arguments: config_flags wants a config before absl reads the command line."""
+    value, others = None, []
     arguments = iter(argv)
     for argument in arguments:
-        if argument in ("--config", "-config"):
-            path = next(arguments, "")
-        elif argument.startswith(("--config=", "-config=")):
-            path = argument.partition("=")[2]
+        if argument in (f"--{flag}", f"-{flag}"):
+            value = next(arguments, "")
+        elif argument.startswith((f"--{flag}=", f"-{flag}=")):
+            value = argument.partition("=")[2]
         else:
             others.append(argument)
-    return path, others
+    return value, others
 
 
 def _overridden(argv: Sequence[str]) -> list[str]:

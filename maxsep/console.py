@@ -4,6 +4,10 @@ import sys
 from collections.abc import Mapping
 
 
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
 def table(title: str, entries: Mapping[str, object]) -> str:
     """`entries` in two columns under a title."""
     width = max(map(len, entries))

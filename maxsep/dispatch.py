@@ -114,7 +114,7 @@ def _sort(ids_gn: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.
     Returns order_gn (which choice is at a rank), rank_gn (its inverse) and count_ge.
     """
     groups, n = ids_gn.shape
-    assert n * n_experts < 2**31, "choices × experts overflow the sort's keys"
+    assert n * n_experts < 2**31, "the config's checks bound the sort's keys"
     choice_n = jnp.arange(n, dtype=jnp.int32)
     # One key holds both expert and place: a single-operand sort is the fastest there is, and needs no stability.
     order_gn = lax.sort(ids_gn * n + choice_n, dimension=1) % n

@@ -12,10 +12,8 @@ from pathlib import Path
 from maxsep.config import Config, ConfigError, MeshConfig
 from maxsep.validate import validate
 
-STATE_BYTES = 16  # a parameter's weight, gradient and two moments, all float32
 
-
-def start(config: Config, fit_mesh: bool) -> Config:
+def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
     """Starts JAX for `config` and checks that the machine can run it.
 
     Without accelerators the mesh's devices are simulated on the CPU.
@@ -23,6 +21,7 @@ def start(config: Config, fit_mesh: bool) -> Config:
     Args:
         config: a validated config.
         fit_mesh: fit the mesh to the accelerators there are, instead of refusing when they are too few.
+        training: gradients and the optimizer's moments are needed beside the weights.
 
     Returns:
         The config, its mesh fitted where that was asked for.
@@ -43,18 +42,20 @@ def start(config: Config, fit_mesh: bool) -> Config:
         jax.config.update("jax_num_cpu_devices", config.mesh.devices)
     _cache_programs()
 
+    from maxsep.mesh import describe
+
     devices = jax.devices()
     if devices[0].platform != "cpu" and fit_mesh:
         config = fitted(config, len(devices))
-        print(f"mesh fitted to {_described(devices)}: {_shape(config.mesh)}", flush=True)
+        print(f"mesh fitted to {describe(devices)}: {_shape(config.mesh)}", flush=True)
     if config.mesh.devices > len(devices):
         raise ConfigError(
             f"mesh.attention x mesh.expert: got {_shape(config.mesh)} = {config.mesh.devices} devices; "
-            f"takes at most {_described(devices)}"
+            f"takes at most {describe(devices)}"
         )
     if config.mesh.devices < len(devices):
-        print(f"using the first {config.mesh.devices} of {_described(devices)}", flush=True)
-    _check_memory(config, devices[: config.mesh.devices])
+        print(f"using the first {config.mesh.devices} of {describe(devices)}", flush=True)
+    _check_memory(config, devices[: config.mesh.devices], training)
     return config
 
 
@@ -75,11 +76,6 @@ def fitted(config: Config, devices: int) -> Config:
 
 def _shape(mesh: MeshConfig) -> str:
     return f"{mesh.attention} x {mesh.expert}"
-
-
-def _described(devices: list) -> str:
-    kind = "simulated CPU device" if devices[0].platform == "cpu" else devices[0].device_kind
-    return f"{len(devices)} x {kind}"
 
 
 def _xla_flag(flag: str) -> None:
@@ -106,18 +102,21 @@ def _cache_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _check_memory(config: Config, devices: list) -> None:
+def _check_memory(config: Config, devices: list, training: bool) -> None:
     """Refuses what cannot fit however it is split: the model's state against all memory there is."""
-    need = config.model.parameters * STATE_BYTES
+    from maxsep.mesh import describe
+
+    arrays, what = (4, "weights, gradients and moments") if training else (1, "weights")
+    need = config.model.parameters * arrays * (8 if config.model.dtype == "float64" else 4)
     if devices[0].platform == "cpu":
         have, where = available_memory(), "this machine has left"
     else:
         have = sum((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices)
-        where = f"{_described(devices)} have"
+        where = f"{describe(devices)} have"
     if need > have:
         raise ConfigError(
-            f"model: got {config.model.parameters / 1e9:.2f} B parameters; their weights, gradients and moments need "
-            f"{need / 2**30:.0f} GiB; takes at most the {have / 2**30:.0f} GiB that {where}"
+            f"model: got {config.model.parameters / 1e9:.2f} B parameters; their {what} need "
+            f"{need / 2**30:.1f} GiB; takes at most the {have / 2**30:.1f} GiB that {where}"
         )
 
 

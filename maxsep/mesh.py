@@ -5,6 +5,7 @@ E experts, F expert hidden, V vocabulary, L layers), so its sharding follows fro
 is a dimension left whole.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -81,6 +82,12 @@ def make_mesh(config: Config) -> Mesh:
     assert len(devices) == needed, "launch.start has counted the devices"
     grid = np.asarray(devices).reshape(config.mesh.shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def describe(devices: Sequence[jax.Device]) -> str:
+    """Number and kind of `devices`, for people."""
+    kind = "simulated CPU device" if devices[0].platform == "cpu" else devices[0].device_kind
+    return f"{len(devices)} x {kind}"
 
 
 def abstract_mesh(config: Config) -> AbstractMesh:

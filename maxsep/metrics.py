@@ -1,19 +1,21 @@
 """Definitions of every figure that a run reports, and their writer. docs/metrics.md says the same to users."""
 
+import errno
 import json
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxsep.config import ModelConfig
-from maxsep.workdir import finite, write_text
+from maxsep.durable import finite, write_text
 
 # Dense peak of matrix products with float32 accumulation, 1e12 FLOP/s a device, from the makers' data sheets: bfloat16,
 # float32, float64. None: the device has no such unit, or the sheet no such figure. float32 is what JAX does with
@@ -78,22 +80,38 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
     return None
 
 
-def measured_peak(dtype: str, size: int = 1536) -> float:
-    """FLOP/s of a square matrix product on the machine's CPU, the best of a few. Takes about 0.2 s.
+class Product:
+    """A square matrix product on every device of a mesh at once, waited for: `flops` operations."""
+
+    def __init__(self, mesh: Mesh, dtype: str):
+        size = 1536 if mesh.devices.flat[0].platform == "cpu" else 8192
+        shape, sharding = (mesh.size, size, size), NamedSharding(mesh, P(mesh.axis_names))
+        # A float32 result: for a bfloat16 one XLA's CPU backend may take twice as long.
+        wide = jnp.promote_types(dtype, jnp.float32)
+        with jax.set_mesh(mesh):  # whatever mesh the run has set
+            self.x = jax.jit(partial(jax.random.normal, shape=shape, dtype=dtype, out_sharding=sharding))(
+                jax.random.key(0)
+            )
+            multiply = partial(jnp.einsum, "nij,njk->nik", preferred_element_type=wide)
+            self.multiply = jax.jit(multiply).lower(self.x, self.x).compile()
+        self.flops = 2 * mesh.size * size**3
+
+    def __call__(self) -> None:
+        self.multiply(self.x, self.x).block_until_ready()
+
+
+def measured_peak(dtype: str) -> float:
+    """FLOP/s of matrix products on the machine's CPU, the best of a few. Takes about 0.2 s.
 
     One simulated device's product uses all cores, so this is the peak of all of them together.
     """
-    mesh = Mesh(jax.devices("cpu")[:1], ("one",))
-    with jax.set_mesh(mesh):  # whatever mesh the run has set
-        x = jax.device_put(np.random.default_rng(0).standard_normal((size, size), np.float32), NamedSharding(mesh, P()))
-        x = x.astype(dtype)
-        product = jax.jit(jnp.dot).lower(x, x).compile()
+    product = Product(Mesh(jax.devices("cpu")[:1], ("one",), axis_types=(AxisType.Explicit,)), dtype)
     seconds = []
     while len(seconds) < 3 or (sum(seconds) < 0.2 and len(seconds) < 20):
         start = time.perf_counter()
-        product(x, x).block_until_ready()
+        product()
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return product.flops / min(seconds)
 
 
 def machine_peak(devices: list[jax.Device], dtype: str) -> float | None:
@@ -163,7 +181,7 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         if path.exists():
             write_text(path, "".join(f"{json.dumps(row)}\n" for row in read_rows(path) if row["step"] <= from_step))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=from_step + 1, write_to_disk=True)
 
     def write(self, step: int, split: str, values: dict) -> dict:
@@ -176,10 +194,14 @@ class MetricsWriter:
 
         Returns:
             The row.
+
+        Raises:
+            OSError: the disk is full, or the like. What was written of the row counts as torn.
         """
         row = finite({"step": step, "split": split, **values})
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        if self._file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file.fileno())
         for name, value in values.items():
             if name != "layers":

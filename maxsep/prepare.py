@@ -6,7 +6,6 @@ What is finished is kept when it is interrupted: the same command goes on from t
 itself.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -23,9 +22,10 @@ import numpy as np
 from absl import flags
 
 from maxsep import cli
-from maxsep.config import Config, ConfigError, DataConfig
+from maxsep.config import Config, ConfigError
 from maxsep.data import cache, packing, sources, tokenizer
 from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
+from maxsep.durable import write_json
 
 LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
 RATE = 2_000_000  # tokens/s that a process prepares, roughly
@@ -40,6 +40,15 @@ def ensure(config: Config, log: Callable[[str], None]) -> Corpus:
         ConfigError: data that is not there or cannot be read, or so much that it has to be prepared ahead.
     """
     return _Preparation(config, log).open_or_prepare(1, _seldom(log, 5), LARGE)
+
+
+def check(config: Config) -> None:
+    """Opens what the config names as data and tokenizer; reads no text.
+
+    Raises:
+        ConfigError: one of them is not there, or of no known kind.
+    """
+    _Preparation(config, lambda line: None)
 
 
 class _Preparation:
@@ -124,7 +133,7 @@ class _Preparation:
         except OSError as error:
             raise ConfigError(f"data.cache: cannot write below {partial} ({error})") from None
         manifest = self.describe(manifest)
-        cache.write_json(partial / "manifest.json", manifest | {"checksum": checksum(manifest)})
+        write_json(partial / "manifest.json", manifest | {"checksum": checksum(manifest)})
         for file in partial.glob("*-progress.json"):
             file.unlink()
         partial.rename(folder)
@@ -169,18 +178,15 @@ class _Preparation:
 
     def too_large(self) -> ConfigError:
         tokens, workers = self.estimate(), os.cpu_count()
+        # Whatever max_tokens says, files are read to their end once, for their hash.
         hashing = 0 if self.source.quick_fingerprint() else self.source.bytes / HASH_RATE
         minutes = max(1, round((tokens / RATE / workers + hashing) / 60))
         gigabytes = tokens * packing.id_dtype(self.tokenizer.vocab_size).itemsize / 1e9
-        flags = [
-            f"--config.data.{f.name}={getattr(self.config.data, f.name)}"
-            for f in dataclasses.fields(DataConfig)
-            if getattr(self.config.data, f.name) != f.default
-        ]
-        command = ["python", "-m", "maxsep.prepare", f"--config=configs/{self.config.name}.py", *flags]
+        command = ["python", "-m", "maxsep.prepare", *cli.config_arguments(sys.argv)]
         return ConfigError(
-            f"data.path: {self.source.description} is not prepared: about {tokens / 1e9:.1f} B tokens, "
-            f"{gigabytes:.1f} GB of disk, {minutes} minutes on {workers} cores; first run: {shlex.join(command)}"
+            f"data.path: {self.source.description} ({self.source.bytes / 1e9:.1f} GB) is not prepared: about "
+            f"{tokens / 1e6:,.0f} M tokens, {gigabytes:.1f} GB of disk, {minutes} minutes on {workers} cores; "
+            f"first run: {shlex.join(command)}"
         )
 
 
@@ -223,6 +229,7 @@ class _Console:
 def define(values: flags.FlagValues) -> None:
     takes = "processes that tokenise; the records do not depend on it (default: one a core)"
     flags.DEFINE_integer("workers", None, takes, lower_bound=1, flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of a run whose text is meant, instead of --config", flag_values=values)
     flags.DEFINE_string("json", None, "file to write the figures to", flag_values=values)
 
 

@@ -1,8 +1,8 @@
 """What a config makes on the current mesh: compiled steps, states, batches, and the figures of a step."""
 
 import time
+from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep import metrics
 from maxsep.checkpoint import Checkpoints
-from maxsep.config import Config, ConfigError
+from maxsep.config import Config
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
+from maxsep.mesh import describe
 from maxsep.step import Program, TrainState
+from maxsep.workdir import init_checkpoints
 
 
 class Run:
@@ -67,8 +69,13 @@ class Run:
         train, rows = self.config.train, host_rows(self.batch_shape, self.batch_sharding)
         return train_batches(corpus.train, train.batch_size, train.seed, position, rows)
 
-    def evaluate(self, params: dict, corpus: Corpus) -> dict[str, float]:
-        """Held-out loss, nats a token, every token counted once; its perplexity; the seconds it took."""
+    def evaluate(
+        self, params: dict, corpus: Corpus, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Held-out loss, nats a token, every token counted once; its perplexity; the seconds it took.
+
+        None where `stop`, asked after each batch, says to give up.
+        """
         start = time.monotonic()
         rows = host_rows(self.eval_shape, self.batch_sharding)
         done = []
@@ -78,6 +85,8 @@ class Run:
                 # Unlike train steps, these do not wait for each other: with many at once, simulated devices run out of
                 # threads and hang.
                 jax.block_until_ready(done[-1])
+                if stop():
+                    return None
         cross_entropy, targets = np.sum(jax.device_get([tuple(one) for one in done]), axis=0, dtype=np.float64)
         assert targets == corpus.eval.targets, "a held-out token was counted twice or not at all"
         loss = float(cross_entropy / targets)
@@ -106,30 +115,14 @@ class Run:
     def described(self) -> dict[str, str]:
         """What runs, for the console."""
         config, model, mesh = self.config, self.config.model, self.config.mesh
-        device = self.mesh.devices.flat[0]
-        kind = "simulated CPU device" if device.platform == "cpu" else device.device_kind
         micro = f" in {config.train.accumulation} micro-batches" if config.train.accumulation > 1 else ""
         capacity = "dropless" if model.capacity_factor is None else f"capacity {model.capacity_factor}"
         return {
             "layout": f"{config.layout}: stage {mesh.stage} x attention {mesh.attention} x expert {mesh.expert}",
-            "devices": f"{mesh.devices} x {kind}",
+            "devices": describe(self.mesh.devices.ravel()),
             "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
             f"top {model.top_k}, {capacity}, {model.dtype}",
             "parameters": f"{model.parameters:,}",
             "attention kernel": self.program.kernel,
             "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
         }
-
-
-def init_checkpoints(config: Config) -> Path | None:
-    """The folder of checkpoints that `train.init_from` names.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if config.train.init_from is None:
-        return None
-    source = Path(config.train.init_from).expanduser().resolve()
-    if not Checkpoints.exist(source / "checkpoints"):
-        raise ConfigError(f"train.init_from: got {source}, which has no checkpoint; takes the folder of a run")
-    return source / "checkpoints"

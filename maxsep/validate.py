@@ -4,8 +4,11 @@ import re
 from operator import attrgetter
 from pathlib import PurePath
 
-from maxsep.config import CHOICES, Config, ConfigError
+import numpy as np
 
+from maxsep.config import CHOICES, Config, ConfigError, fields
+
+FLOAT32 = np.finfo(np.float32)
 GPT2_IDS = 50_257
 GPT2_FEWEST_IDS = 257  # a byte each, and the end of a text
 
@@ -16,6 +19,7 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken, as one line.
     """
+    _floats(config)
     _run(config)
     _optimizer(config)
     _data(config)
@@ -56,6 +60,15 @@ def _not_negative(config: Config, *paths: str) -> None:
 def _multiple(config: Config, path: str, of: str) -> None:
     value, size = attrgetter(path)(config), attrgetter(of)(config)
     _need(value % size == 0, path, value, f"a multiple of {of} ({size})")
+
+
+def _floats(config: Config) -> None:
+    """The program holds every number as float32."""
+    for field in fields():
+        value = attrgetter(field.path)(config)
+        if field.hint in (float, float | None) and value:
+            holds = FLOAT32.tiny <= abs(value) <= FLOAT32.max
+            _need(holds, field.path, value, f"0, or a size from {FLOAT32.tiny:.1e} to {FLOAT32.max:.1e} (float32)")
 
 
 def _run(config: Config) -> None:
@@ -162,3 +175,7 @@ def _mesh(config: Config) -> None:
         _need(holds, "model.capacity_group", group, "None where model.capacity_factor is None (nothing is dropped)")
         takes = f"a divisor of data.sequence_length / mesh.attention ({tokens})"
         _need(tokens % group == 0, "model.capacity_group", group, takes)
+    tokens = micro_batch // mesh.expert * (config.data.sequence_length // mesh.attention)
+    holds = tokens * model.top_k * model.experts < 2**31
+    takes = f"fewer: a device's {tokens} tokens x model.top_k x model.experts is 2**31 or more, too many to sort"
+    _need(holds, "train.batch_size / train.accumulation", micro_batch, takes)

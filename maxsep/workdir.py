@@ -1,4 +1,4 @@
-"""A run's folder: `config.json`, `summary.json`, and what of the config may change when the run goes on.
+"""A run's folder: what lies in it, whether a run may start there, and what of its config may change when it goes on.
 
 config.json      the resolved config, and what the run depended on beside it
 checkpoints/     maxsep/checkpoint.py
@@ -9,17 +9,14 @@ summary.json     the result, at the end
 import dataclasses
 import importlib.metadata
 import json
-import math
-import os
 import platform
 import subprocess
 import sys
 from operator import attrgetter
 from pathlib import Path
 
-import jax
-
 from maxsep.config import Config, ConfigError, fields, from_config_dict
+from maxsep.durable import write_json
 
 # What may change when a run goes on: what changes its result by rounding at most, or only how long it runs and what it
 # tells. Everything else is part of what the run means. A name ending in a dot stands for all fields of its section.
@@ -44,7 +41,45 @@ RESUME_MAY_CHANGE = (
     "model.attention_kernel",
 )
 
+CHECKPOINTS = "checkpoints"  # a step's folder in it appears when the step is saved whole
+
 PACKAGES = ("maxsep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+
+def check_start(folder: Path, config: Config, training: bool) -> None:
+    """Refuses, before anything slow, a run that cannot start: without JAX, and without its corpus.
+
+    Raises:
+        ConfigError: the run in `folder` may not go on with `config`, there is no checkpoint to evaluate
+            (not `training`), or `train.init_from` has none.
+    """
+    saved = has_checkpoint(folder)
+    if not training and not saved:
+        raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
+    if saved or (folder / "config.json").exists():
+        check_resume(folder, config)
+    if not saved:
+        init_checkpoints(config)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run in `folder` has saved a step."""
+    directory = folder / CHECKPOINTS
+    return directory.is_dir() and any(entry.name.isdigit() for entry in directory.iterdir())
+
+
+def init_checkpoints(config: Config) -> Path | None:
+    """The folder of checkpoints that `train.init_from` names.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if config.train.init_from is None:
+        return None
+    source = Path(config.train.init_from).expanduser().resolve()
+    if not has_checkpoint(source):
+        raise ConfigError(f"train.init_from: got {source}, which has no checkpoint; takes the folder of a run")
+    return source / CHECKPOINTS
 
 
 def resolve(config: Config, stored: Config | None = None) -> Config:
@@ -74,14 +109,17 @@ def check_resume(workdir: Path, config: Config, corpus_fingerprint: str | None =
         if old != new and field.path not in RESUME_MAY_CHANGE and not field.path.startswith(sections):
             raise ConfigError(f"{field.path}: got {new!r}; the run in {workdir} has {old!r}, which may not change")
     if corpus_fingerprint not in (None, record["corpus"]):
+        why = " (it follows the installed packages' versions)" if config.data.source == "docstrings" else ""
         raise ConfigError(
-            f"data.source: got another corpus than the run in {workdir} was started with, which may not change"
+            f"data.source: got another corpus{why} than the run in {workdir} was started with, which may not change"
         )
     return config
 
 
 def write_config(workdir: Path, config: Config, corpus_fingerprint: str) -> None:
     """Writes `config.json`: `config`, which `resolve` has completed, and what else the result depends on."""
+    import jax  # here, as the checks above are made before JAX starts
+
     devices = jax.devices()
     record = {
         "config": dataclasses.asdict(config),
@@ -110,32 +148,6 @@ def read_config(workdir: Path) -> tuple[Config, dict]:
         raise ConfigError(f"{path}: {e}") from e
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"--workdir: {path} cannot be read: {type(e).__name__}: {e}") from e
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Writes `values` as readable JSON; a reader sees the old file or the new one. What is not finite becomes null."""
-    write_text(path, json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file at once, on disk when this returns: a kill leaves the old one or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
-def finite(value):
-    """`value` with None for every float that JSON cannot write."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
 
 
 def _git_commit() -> str | None:

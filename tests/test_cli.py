@@ -148,13 +148,27 @@ def test_the_same_from_a_shell(arguments, workdir):
     assert not workdir.exists()
 
 
-def test_a_mistake_is_answered_before_jax_is_imported():
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--config.mesh.expert=3",
+        "--config.train.init_from=/nowhere",
+        "--config.data.source=files --config.data.path=/nowhere/*.txt",
+        "--config.data.source=tfds --config.data.path=/nowhere",
+        "--config.data.tokenizer=/nowhere/tokenizer.json",
+        "--workdir={run} --config.model.layers=7",
+        "--workdir={run} --mode=eval",
+    ],
+)
+def test_a_mistake_is_answered_before_jax_is_imported(argument, workdir):
+    """Importing it and starting its backend takes seconds."""
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps({"config": dataclasses.asdict(parsed().config), "corpus": "0"}))
     code = "import sys, train\nfrom maxsep import cli\n"
-    code += (
-        "status = cli.run(train.main, train.define, '', 'configs/tiny.py', argv=['train.py', '--config.mesh.expert=3'])"
-    )
-    code += "\nassert status == 2\nassert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    code += "status = cli.run(train.main, train.define, '', 'configs/tiny.py', argv=['train.py', *sys.argv[1:]])\n"
+    code += "assert status == 2\nassert 'jax' not in sys.modules"
+    arguments = argument.format(run=workdir).split()
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_overrides():
@@ -193,6 +207,22 @@ def test_none_is_a_value_of_an_optional_field(path, tmp_path):
 def test_the_config_may_come_after_its_overrides():
     config = parsed("--config.model.layers=6", "--config", str(ROOT / "configs" / "base.py")).config
     assert (config.name, config.model.layers) == ("base", 6)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--workdir=a --mode=eval", "--workdir=a"),
+        ("--workdir a --config b.py --config.train.steps 5 --mode eval", "--config=b.py --config.train.steps 5"),
+        (
+            "--config.train.deterministic --noconfig.optimizer.zero1 x --config.data.path=*.txt",
+            "--config.train.deterministic --noconfig.optimizer.zero1 x --config.data.path=*.txt",
+        ),
+        ("--mode=eval", ""),
+    ],
+)
+def test_what_of_a_command_line_names_its_config(given, meant):
+    assert cli.config_arguments(["train.py", *given.split()]) == meant.split()
 
 
 def test_the_mesh_follows_the_machine_only_where_nothing_was_said_about_it():

@@ -61,7 +61,7 @@ def numbers(model, case: str):
     return x, w, rng.normal(size=(B, S, D))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # hundreds of programs at once are more mappings of memory than Linux allows
 def layer(mesh: tuple[int, int], fields: tuple):
     """The MoE layer's output, statistics and gradients as one compiled function, and the shardings of its arguments."""
     c = config(mesh, model={"layers": 1, **dict(fields)}, data={"sequence_length": S})

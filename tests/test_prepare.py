@@ -1,3 +1,4 @@
+import dataclasses
 import fcntl
 import json
 import os
@@ -184,7 +185,12 @@ def test_who_waits_says_so(files, tmp_path):
 
 
 def test_a_large_source_is_prepared_ahead(files, tmp_path, monkeypatch, capsys):
+    """The command that the message tells prepares it."""
+    asked = config(files, tmp_path / "cache")
+    flags = [f"--config.data.{name}={value}" for name, value in dataclasses.asdict(asked.data).items()]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--workdir=x", "--config", "configs/tiny.py", *flags, "--mode=train"])
     monkeypatch.setattr(prepare, "LARGE", 100)
+    monkeypatch.chdir(cli.REPOSITORY)
     with pytest.raises(ConfigError) as error:
         ensure(files, tmp_path / "cache")
     message = str(error.value)
@@ -193,8 +199,8 @@ def test_a_large_source_is_prepared_ahead(files, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "cache").glob("records/*"))
     command = shlex.split(message.partition("first run: ")[2])
     assert command[:3] == ["python", "-m", "maxsep.prepare"]
-    command = [word.replace("configs/base.py", "configs/tiny.py") for word in command[2:]]
-    assert cli.run(prepare.main, prepare.define, prepare.__doc__, "configs/tiny.py", argv=command) == 0
+    assert command[3:] == ["--config=configs/tiny.py", *flags]
+    assert cli.run(prepare.main, prepare.define, prepare.__doc__, "configs/tiny.py", argv=command[2:]) == 0
     assert ensure(files, tmp_path / "cache").train.targets > 100
     limited = ensure(files, tmp_path / "cache", max_tokens=50, eval_max_tokens=40)
     assert limited.train.targets == 49

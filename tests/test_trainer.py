@@ -1,5 +1,6 @@
 """train.py from command line to exit status: what a run writes, prints, refuses, and goes on with."""
 
+import errno
 import json
 import os
 import re
@@ -110,8 +111,7 @@ def test_what_a_run_writes_and_prints(call, workdir):
     assert "layout            ma: stage 1 x attention 1 x expert 1\n" in out
     assert f"held-out loss  {summary['eval_loss']:.4f} nats/token" in out
     assert f"unigram        {summary['unigram_entropy']:.4f} nats/token on the same tokens" in out
-    again = re.search("train on: python train.py (.*)", out)[1]
-    assert f"--workdir={workdir}" in again and again.endswith(f"{STEPS}8") and again.count(STEPS) == 1
+    assert f"train on, at the last learning rate: python train.py --workdir={workdir} {STEPS}8\n" in out
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_nothing_to_evaluate(call, workdir):
     status, _, err = call(workdir, "--mode=eval")
     assert (status, err) == (
         cli.USER_ERROR,
-        f"error: --workdir: {workdir} has no config.json; takes the folder of a run\n",
+        f"error: --workdir: got {workdir}, which has no checkpoint; takes the folder of a run that saved one\n",
     )
     assert not any(workdir.iterdir())
 
@@ -321,26 +321,99 @@ def test_a_signal_ends_the_run_after_its_step(call, workdir, finished_run, monke
     """The evaluation that was due then is made when it goes on."""
     handler = signal.getsignal(number)
     with monkeypatch.context() as patched:
-        at_step(patched, 2, lambda: os.kill(os.getpid(), number))
-        status, _, err = call(workdir, train__eval_every=1)
+        at_step(patched, 1, lambda: os.kill(os.getpid(), number))  # when the next step is under way
+        status, _, err = call(workdir, train__eval_every=2)
     assert status == cli.STOPPED and signal.getsignal(number) == handler
     (saved,) = checkpoints(workdir)
     name = signal.Signals(number).name
     assert err == f"error: {name}: stopped after step {saved}, saved; the same command goes on from there\n"
-    assert saved in (2, 3) and max(steps(workdir, "train")) == saved
+    assert saved == 2 and max(steps(workdir, "train")) == saved
     before = snapshot(workdir)
-    status, _, err = call(workdir, train__steps=saved)  # it has no result there
+    status, _, err = call(workdir, train__steps=saved - 1)  # it has no result there
     assert (status, err) == (
         cli.USER_ERROR,
-        f"error: train.steps: got {saved}, but the run in {workdir} was stopped after step {saved}; "
-        f"takes at least {saved + 1}\n",
+        f"error: train.steps: got {saved - 1}, but the run in {workdir} was stopped after step {saved}; "
+        f"takes at least {saved}\n",
     )
     assert {k: v for k, v in snapshot(workdir).items() if k.name != "checkpoints"}.items() <= before.items()
-    assert call(workdir, train__eval_every=1)[0] == cli.DONE
-    assert steps(workdir, "eval") == [1, 2, 3, 4]
+    assert call(workdir, train__eval_every=2)[0] == cli.DONE
+    assert steps(workdir, "eval") == [2, 4]
     figures, whole = kill.figures(workdir), kill.figures(finished_run)
     assert {key: figures[key] for key in whole} == whole
     assert kill.state(workdir) == kill.state(finished_run)
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
+    call, workdir, finished_run, monkeypatch, every
+):
+    """The last one, and one on the way."""
+    step = every or 4
+    with monkeypatch.context() as patched:
+        at_step(patched, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        status, out, err = call(workdir, train__eval_every=every, train__log_every=every)
+    assert status == cli.STOPPED and "evaluating on" in out
+    expected = f"SIGTERM: stopped in the evaluation after step {step}, saved; the same command goes on from there"
+    assert err == f"error: {expected}\n"
+    assert (checkpoints(workdir), steps(workdir, "eval")) == ([step], [])
+    assert not (workdir / "summary.json").exists()
+    assert call(workdir, train__eval_every=every)[0] == cli.DONE
+    assert (workdir / "summary.json").exists()
+    assert steps(workdir, "eval") == ([2, 4] if every else [4])
+    assert kill.figures(workdir)[4, "eval"] == kill.figures(finished_run)[4, "eval"]
+    assert kill.state(workdir) == kill.state(finished_run)
+
+
+def test_a_run_may_end_where_it_was_stopped(call, workdir, monkeypatch):
+    with monkeypatch.context() as patched:
+        at_step(patched, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert call(workdir)[0] == cli.STOPPED
+    (saved,) = checkpoints(workdir)
+    status, out, _ = call(workdir, train__steps=saved)
+    assert status == cli.DONE and f"result after step {saved}\n" in out and "compiling" not in out
+    assert steps(workdir, "eval") == [saved]
+
+
+def test_a_disk_that_is_too_full_for_a_row_is_told(call, workdir, finished_run, monkeypatch):
+    write = os.fsync  # nothing but metrics.jsonl is that small
+
+    def full(descriptor):
+        if (
+            os.readlink(f"/proc/self/fd/{descriptor}") == f"{workdir}/metrics.jsonl"
+            and len(steps(workdir, "train")) > 2
+        ):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        status, _, err = call(workdir, train__checkpoint_every=1)
+    assert status == cli.SAVE_FAILED
+    assert err.startswith(f"error: cannot write metrics.jsonl in {workdir}: No space left on device; ")
+    assert err.count("\n") == 1
+    assert call(workdir)[0] == cli.DONE
+    assert kill.figures(workdir) == kill.figures(finished_run)
+    assert kill.state(workdir) == kill.state(finished_run)
+
+
+def test_the_workdir_alone_is_enough_to_go_on(call, finished, monkeypatch, capsys):
+    """The run's own config is what the flags change, with another name of its folder too."""
+
+    def run(*arguments):
+        status = cli.run(train.main, train.define, train.__doc__, "configs/tiny.py", argv=["train.py", *arguments])
+        return status, *capsys.readouterr()
+
+    status, out, err = run("--workdir", str(finished), "--mode=eval")
+    assert (status, err) == (cli.DONE, "") and "step 4\n" in out
+    status, out, err = run(f"--workdir={finished}", f"{STEPS}5", "--config.mesh.expert=2")
+    assert (status, err) == (cli.DONE, "") and "result after step 5\n" in out
+    status, _, err = run(f"--workdir={finished}", "--config.model.d_ff=32")
+    assert status == cli.USER_ERROR and err.startswith("error: model.d_ff: got 32; the run in ")
+    status, _, err = run(f"--workdir={finished}", "--config=configs/tiny.py")
+    assert status == cli.USER_ERROR and "which may not change" in err
+    (finished / "config.json").write_text("{")
+    status, _, err = run(f"--workdir={finished}")
+    assert status == cli.USER_ERROR and "config.json cannot be read" in err and err.count("\n") == 1
 
 
 def test_a_second_signal_ends_it_at_once():

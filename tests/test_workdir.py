@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 from operator import attrgetter
 from pathlib import Path
@@ -105,23 +104,40 @@ def test_a_bad_config_json_is_told_in_one_line(workdir, content, message):
     assert message in str(caught.value) and str(workdir) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_json_is_strict_and_replaced_at_once(tmp_path):
-    path = tmp_path / "summary.json"
-    folder.write_json(path, {"old": 1})
-    with pytest.raises(TypeError):
-        folder.write_json(path, {"new": object()})
-    assert json.loads(path.read_text()) == {"old": 1}
-    folder.write_json(path, {"loss": math.nan, "mesh": {"attention": 4}, "rows": [1.0, math.inf, (2, "a")]})
-    assert json.loads(path.read_text()) == {"loss": None, "mesh": {"attention": 4}, "rows": [1.0, None, [2, "a"]]}
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
-
-
 def test_the_docs_list_what_may_change():
-    docs = Path(folder.__file__).parents[1] / "docs" / "metrics.md"
-    table = docs.read_text(encoding="utf-8").split("## What may change when a run goes on")[1]
+    docs = Path(folder.__file__).parents[1] / "docs" / "running.md"
+    table = docs.read_text(encoding="utf-8").split("## What may change")[1].split("\n## ")[0]
     listed = {
         name.replace("*", "")
         for row in re.findall(r"^\| (`[^|]*) \|", table, re.M)
         for name in re.findall("`(.*?)`", row)
     }
     assert listed == set(folder.RESUME_MAY_CHANGE)
+
+
+@pytest.fixture
+def saved(run):
+    """A run with a checkpoint, as far as its folder tells."""
+    (run / folder.CHECKPOINTS / "7").mkdir(parents=True)
+    return run
+
+
+def test_a_start_that_cannot_be_is_refused_before_anything_slow(run, saved, tmp_path):
+    folder.check_start(saved, Config(), training=True)
+    folder.check_start(saved, Config(), training=False)
+    for other in (tmp_path / "none", tmp_path):
+        folder.check_start(other, Config(), training=True)
+        with pytest.raises(ConfigError, match=r"^--workdir: got .*, which has no checkpoint"):
+            folder.check_start(other, Config(), training=False)
+        with pytest.raises(ConfigError, match=r"^train\.init_from: got .*, which has no checkpoint"):
+            folder.check_start(tmp_path, replaced(Config(), "train.init_from", str(other)), training=True)
+    folder.check_start(tmp_path, replaced(Config(), "train.init_from", str(saved)), training=True)
+    with pytest.raises(ConfigError, match=r"^model\.layers: got 7; the run in "):
+        folder.check_start(saved, replaced(Config(), "model.layers", 7), training=True)
+
+
+def test_what_an_unfinished_save_leaves_is_no_checkpoint(run):
+    (run / folder.CHECKPOINTS / "7.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not folder.has_checkpoint(run)
+    (run / folder.CHECKPOINTS / "7").mkdir()
+    assert folder.has_checkpoint(run)

@@ -2,9 +2,7 @@
 
 import contextlib
 import fcntl
-import json
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,13 +33,3 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
             log(f"waiting for another process that prepares {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def write_json(path: Path, content) -> None:
-    """Writes the file whole or not at all."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with open(partial, "w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maxsep.config import ConfigError
-from maxsep.data import cache, files
+from maxsep.data import files
 from maxsep.data.tfds_source import complement
+from maxsep.durable import write_json
 
 LARGE = 1 << 28  # bytes of a file that take a while to read
 EXPANSION = 3  # text is about so much larger than its compressed file
@@ -125,9 +126,9 @@ class FilesSource:
                     log(f"reading {path} once, for its hash")
                 found[state] = dataclasses.asdict(files.scan(path))
                 if large:
-                    cache.write_json(self._scans_file, known | found)
+                    write_json(self._scans_file, known | found, indent=None)
         if found:
-            cache.write_json(self._scans_file, known | found)
+            write_json(self._scans_file, known | found, indent=None)
         known |= found
         return [files.Scan(known[state]["sha256"], tuple(map(tuple, known[state]["cuts"]))) for state in states]
 

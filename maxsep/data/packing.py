@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from maxsep.data import cache, tokenizer
+from maxsep.data import tokenizer
 from maxsep.data.records import SHARD_TOKENS, check_shard, id_dtype, write_shard
+from maxsep.durable import write_json
 
 WRITE_TOKENS = 1 << 20  # tokens a worker holds before it writes them
 
@@ -74,7 +75,7 @@ def pack(
             while len(stream) > shard_length:
                 save_shard(shard_length)
             before |= {"counts": before["counts"].tolist(), "offset": len(part) - len(stream), "shards": shards}
-            cache.write_json(state_file, before)
+            write_json(state_file, before, indent=None)
             tokens_of.drop(number)
         rate = (tokens - tokens_before) / max(time.monotonic() - started, 1e-3)
         progress(f"  {split}: {tokens:,} tokens, part {number + 1} of {len(parts)}, {rate:,.0f} tokens/s")
