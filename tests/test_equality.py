@@ -236,8 +236,21 @@ def test_what_only_changes_the_cost():
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+# 512 positions, so that every mesh keeps groups of 32 whole. With seed 0 one of 655,360 choices falls the other way.
+DISPATCHES = {
+    "dropless": {"train.seed": 0},
+    "groups": {
+        "train.seed": 2,
+        "model.capacity_factor": 1.0,
+        "model.capacity_group": 32,
+        "data.sequence_length": 512,
+    },
+}
+
+
 @pytest.mark.slow
-def test_twenty_losses_of_train_py_are_the_same(tmp_path):
+@pytest.mark.parametrize("dispatch", DISPATCHES.values(), ids=DISPATCHES)
+def test_twenty_losses_of_train_py_are_the_same(tmp_path, dispatch):
     """The same through `python train.py` and metrics.jsonl, on text from a file."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("aeimnorst"), size=n)) for n in rng.integers(2, 8, size=60)]
@@ -256,18 +269,25 @@ def test_twenty_losses_of_train_py_are_the_same(tmp_path):
         "model.d_ff": 48,
         "model.vocab_size": 300,
     }
-    runs = {}
-    for mesh, seed in [((4, 4), 0), ((2, 8), 0), ((1, 1), 0), ((1, 1), 1)]:
-        own = {"mesh.attention": mesh[0], "mesh.expert": mesh[1], "train.seed": seed}
-        folder = tmp_path / f"{named(mesh)}-{seed}"
-        arguments = [f"--config.{name}={value}" for name, value in (flags | own).items()]
+
+    def losses(mesh, **changed) -> tuple[list[float], list[float]]:
+        """Of each step, and the share of choices dropped."""
+        own = {"mesh.attention": mesh[0], "mesh.expert": mesh[1], **changed}
+        folder = tmp_path / f"{named(mesh)}-{len(changed)}"
+        arguments = [f"--config.{name}={value}" for name, value in (flags | dispatch | own).items()]
         command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={folder}", *arguments]
         subprocess.run(command, cwd=REPOSITORY, check=True, timeout=600)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        runs[mesh, seed] = [row["loss"] for row in rows if row["split"] == "train"]
-    expected = runs[(1, 1), 0]
+        rows = [row for row in rows if row["split"] == "train"]
+        return [row["loss"] for row in rows], [row["dropped_fraction"] for row in rows]
+
+    expected, dropped = losses((1, 1))
     assert len(expected) == 20
     assert expected[0] - expected[-1] >= 1
-    for mesh in [(4, 4), (2, 8)]:
-        assert runs[mesh, 0] == pytest.approx(expected, rel=1e-5)
-    assert np.abs(np.subtract(runs[(1, 1), 1], expected)).min() > 1e-4
+    assert (max(dropped) > 0) == ("model.capacity_factor" in dispatch)
+    for mesh in MESHES[1:]:
+        found, also_dropped = losses(mesh)
+        assert found == pytest.approx(expected, rel=1e-5), mesh
+        assert also_dropped == dropped, mesh
+    others, _ = losses((1, 1), **{"train.seed": 7})
+    assert np.abs(np.subtract(others, expected)).min() > 1e-4
