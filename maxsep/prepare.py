@@ -236,10 +236,23 @@ def define(values: flags.FlagValues) -> None:
 def main(args: cli.Args) -> None:
     started = time.monotonic()
     console = _Console()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    asked = False
+
+    def interrupt(*_) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    def progress(text: str) -> None:
+        if asked:  # and the exception was lost: Python ignores one that comes up in a destructor
+            raise KeyboardInterrupt
+        console.progress(text)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
     try:
         preparation = _Preparation(args.config, console.line)
-        corpus = preparation.open_or_prepare(args.flags.workers or os.cpu_count(), console.progress, float("inf"))
+        corpus = preparation.open_or_prepare(args.flags.workers or os.cpu_count(), progress, float("inf"))
     except KeyboardInterrupt:
         raise cli.Exit(cli.STOPPED, "interrupted; the same command goes on from here") from None
     seconds = time.monotonic() - started
