@@ -8,7 +8,7 @@ import numpy as np
 
 from maxsep.config import CHOICES, Config, ConfigError, fields
 
-FLOAT32 = np.finfo(np.float32)
+SMALLEST, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # float32
 GPT2_IDS = 50_257
 GPT2_FEWEST_IDS = 257  # a byte each, and the end of a text
 
@@ -67,8 +67,8 @@ def _floats(config: Config) -> None:
     for field in fields():
         value = attrgetter(field.path)(config)
         if field.hint in (float, float | None) and value:
-            holds = FLOAT32.tiny <= abs(value) <= FLOAT32.max
-            _need(holds, field.path, value, f"0, or a size from {FLOAT32.tiny:.1e} to {FLOAT32.max:.1e} (float32)")
+            holds = SMALLEST <= abs(value) <= LARGEST
+            _need(holds, field.path, value, f"0, or a size from {SMALLEST:.1e} to {LARGEST:.1e} (float32)")
 
 
 def _run(config: Config) -> None:

@@ -123,7 +123,8 @@ def test_sigterm_in_any_phase_saves_and_goes_on(tmp_path, moment):
     process = kill.Process(tmp_path / "run", *flags)
     process.signal_when(moment, signal.SIGTERM)
     assert process.ended() == cli.STOPPED and 0 < process.saved < STEPS
-    assert process.printed[-1].startswith(f"error: SIGTERM: stopped after step {process.saved}, saved;")
+    where = "in the evaluation after" if moment is in_an_evaluation else "after"
+    assert process.printed[-1].startswith(f"error: SIGTERM: stopped {where} step {process.saved}, saved;")
     kill.train(tmp_path / "run", *flags)
     same(tmp_path / "run", tmp_path / "whole")
 
