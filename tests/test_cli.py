@@ -52,6 +52,7 @@ MISTAKES = {
     "boolean for an optional number": (["--config.model.kv_heads=True"], "model.kv_heads: got True"),
     "number for a boolean": (["--config.optimizer.zero1=2"], "optimizer.zero1: got '2'; takes True or False"),
     "not a number": (["--config.optimizer.learning_rate=nan"], "optimizer.learning_rate: got nan"),
+    "number beyond float32": (["--config.optimizer.learning_rate=1e60"], "optimizer.learning_rate: got 1e+60"),
     "unknown activation": (["--config.model.activation=relu"], "model.activation: got 'relu'"),
     "too many choices": (["--config.model.top_k=17"], "model.top_k: got 17"),
     # mesh shapes
