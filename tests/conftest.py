@@ -1,6 +1,8 @@
 """Sixteen simulated devices for every test, and a cache of compiled programs; set before JAX is imported."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,50 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ma
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main")))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py is a script beside the package
+
+# After the environment is set: these import JAX.
+import kill  # noqa: E402
+from runs import SMALL  # noqa: E402
+
+import train  # noqa: E402
+from maxsep import cli  # noqa: E402
+
 
 @pytest.fixture
 def workdir(tmp_path):
     """Path of a run that does not exist yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return kill.text(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def call(data, capsys, monkeypatch):
+    """Calls train.py in this process: its exit status, what it printed, and its errors."""
+
+    def call(workdir, *arguments, **changed):
+        argv = ["train.py", f"--workdir={workdir}", *kill.flags(data, **SMALL | changed), *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        status = cli.run(train.main, train.define, train.__doc__, "configs/tiny.py")
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished_run(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    argv = ["train.py", f"--workdir={folder}", *kill.flags(data, **SMALL)]
+    assert cli.run(train.main, train.define, train.__doc__, "configs/tiny.py", argv=argv) == cli.DONE
+    return folder
+
+
+@pytest.fixture
+def finished(finished_run, workdir):
+    """A run of 4 steps, to be changed."""
+    shutil.copytree(finished_run, workdir)
+    return workdir

@@ -1,99 +1,20 @@
 """train.py from command line to exit status: what a run writes, prints, refuses, and goes on with."""
 
-import errno
 import json
-import os
 import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import kill
 import numpy as np
 import pytest
+from runs import SMALL, checkpoints, snapshot, steps
 
 import train
 from maxsep import cli, prepare
-from maxsep.checkpoint import Checkpoints
-from maxsep.metrics import MetricsWriter
 from maxsep.run import Run
 
-SMALL = {
-    "mesh__attention": 1,
-    "mesh__expert": 1,
-    "train__steps": 4,
-    "train__checkpoint_every": 0,
-    "train__eval_every": 0,
-    "data__sequence_length": 32,
-    "model__d_model": 16,
-    "model__d_ff": 16,
-}
 STEPS = "--config.train.steps="
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return kill.text(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def call(data, capsys, monkeypatch):
-    """Calls train.py in this process: its exit status, what it printed, and its errors."""
-
-    def call(workdir, *arguments, **changed):
-        argv = ["train.py", f"--workdir={workdir}", *kill.flags(data, **SMALL | changed), *arguments]
-        monkeypatch.setattr(sys, "argv", argv)
-        status = cli.run(train.main, train.define, train.__doc__, "configs/tiny.py")
-        return status, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def finished_run(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    argv = ["train.py", f"--workdir={folder}", *kill.flags(data, **SMALL)]
-    assert cli.run(train.main, train.define, train.__doc__, "configs/tiny.py", argv=argv) == cli.DONE
-    return folder
-
-
-@pytest.fixture
-def finished(finished_run, workdir):
-    """A run of 4 steps, to be changed."""
-    shutil.copytree(finished_run, workdir)
-    return workdir
-
-
-def snapshot(folder):
-    """Every file and folder with its time and content."""
-    return {
-        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
-        for path in [folder, *folder.rglob("*")]
-    }
-
-
-def steps(workdir, split):
-    return [step for step, name in kill.figures(workdir) if name == split]
-
-
-def checkpoints(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-
-
-def at_step(monkeypatch, step, action):
-    """Does `action` when the training row of `step` is written."""
-    write = MetricsWriter.write
-
-    def written(self, at, split, values):
-        if (at, split) == (step, "train"):
-            action()
-        return write(self, at, split, values)
-
-    monkeypatch.setattr(MetricsWriter, "write", written)
 
 
 def test_what_a_run_writes_and_prints(call, workdir):
@@ -284,118 +205,6 @@ def test_a_profile_whose_first_step_was_done_before(call, finished):
     assert list(finished.glob("profile/**/*.xplane.pb"))
 
 
-@pytest.fixture
-def full_disk():
-    """Files may grow to 24 kB, once it is called."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_failed_last_save_is_told(call, workdir, full_disk, monkeypatch):
-    def when_saved():
-        while not (workdir / "checkpoints" / "2").exists():
-            time.sleep(0.01)
-        full_disk()
-
-    at_step(monkeypatch, 3, when_saved)
-    status, out, err = call(workdir, train__checkpoint_every=2)
-    assert status == cli.SAVE_FAILED
-    assert f"warning: checkpoint of step 4 was not saved in {workdir}/checkpoints: " in out
-    assert err == f"error: the last save failed; see above. {workdir} has the one before it\n"
-    assert max(Checkpoints(workdir / "checkpoints", read_only=True).all_steps()) == 2
-
-
-def test_a_save_that_fails_on_the_way_is_told_and_training_goes_on(call, workdir, full_disk, monkeypatch):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    at_step(monkeypatch, 2, full_disk)
-    at_step(monkeypatch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    status, out, err = call(workdir, train__checkpoint_every=2, train__steps=6)
-    assert (status, err) == (cli.DONE, "")
-    assert f"warning: checkpoint of step 2 was not saved in {workdir}/checkpoints: " in out
-    assert max(checkpoints(workdir)) == 6
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_step(call, workdir, finished_run, monkeypatch, number):
-    """The evaluation that was due then is made when it goes on."""
-    handler = signal.getsignal(number)
-    with monkeypatch.context() as patched:
-        at_step(patched, 1, lambda: os.kill(os.getpid(), number))  # when the next step is under way
-        status, _, err = call(workdir, train__eval_every=2)
-    assert status == cli.STOPPED and signal.getsignal(number) == handler
-    (saved,) = checkpoints(workdir)
-    name = signal.Signals(number).name
-    assert err == f"error: {name}: stopped after step {saved}, saved; the same command goes on from there\n"
-    assert saved == 2 and max(steps(workdir, "train")) == saved
-    before = snapshot(workdir)
-    status, _, err = call(workdir, train__steps=saved - 1)  # it has no result there
-    assert (status, err) == (
-        cli.USER_ERROR,
-        f"error: train.steps: got {saved - 1}, but the run in {workdir} was stopped after step {saved}; "
-        f"takes at least {saved}\n",
-    )
-    assert {k: v for k, v in snapshot(workdir).items() if k.name != "checkpoints"}.items() <= before.items()
-    assert call(workdir, train__eval_every=2)[0] == cli.DONE
-    assert steps(workdir, "eval") == [2, 4]
-    figures, whole = kill.figures(workdir), kill.figures(finished_run)
-    assert {key: figures[key] for key in whole} == whole
-    assert kill.state(workdir) == kill.state(finished_run)
-
-
-@pytest.mark.parametrize("every", [0, 2])
-def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
-    call, workdir, finished_run, monkeypatch, every
-):
-    """The last one, and one on the way."""
-    step = every or 4
-    with monkeypatch.context() as patched:
-        at_step(patched, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        status, out, err = call(workdir, train__eval_every=every, train__log_every=every)
-    assert status == cli.STOPPED and "evaluating on" in out
-    expected = f"SIGTERM: stopped in the evaluation after step {step}, saved; the same command goes on from there"
-    assert err == f"error: {expected}\n"
-    assert (checkpoints(workdir), steps(workdir, "eval")) == ([step], [])
-    assert not (workdir / "summary.json").exists()
-    assert call(workdir, train__eval_every=every)[0] == cli.DONE
-    assert (workdir / "summary.json").exists()
-    assert steps(workdir, "eval") == ([2, 4] if every else [4])
-    assert kill.figures(workdir)[4, "eval"] == kill.figures(finished_run)[4, "eval"]
-    assert kill.state(workdir) == kill.state(finished_run)
-
-
-def test_a_run_may_end_where_it_was_stopped(call, workdir, monkeypatch):
-    with monkeypatch.context() as patched:
-        at_step(patched, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert call(workdir)[0] == cli.STOPPED
-    (saved,) = checkpoints(workdir)
-    status, out, _ = call(workdir, train__steps=saved)
-    assert status == cli.DONE and f"result after step {saved}\n" in out and "compiling" not in out
-    assert steps(workdir, "eval") == [saved]
-
-
-def test_a_disk_that_is_too_full_for_a_row_is_told(call, workdir, finished_run, monkeypatch):
-    write = os.fsync  # nothing but metrics.jsonl is that small
-
-    def full(descriptor):
-        if (
-            os.readlink(f"/proc/self/fd/{descriptor}") == f"{workdir}/metrics.jsonl"
-            and len(steps(workdir, "train")) > 2
-        ):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(descriptor)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        status, _, err = call(workdir, train__checkpoint_every=1)
-    assert status == cli.SAVE_FAILED
-    assert err.startswith(f"error: cannot write metrics.jsonl in {workdir}: No space left on device; ")
-    assert err.count("\n") == 1
-    assert call(workdir)[0] == cli.DONE
-    assert kill.figures(workdir) == kill.figures(finished_run)
-    assert kill.state(workdir) == kill.state(finished_run)
-
-
 def test_the_workdir_alone_is_enough_to_go_on(call, finished, monkeypatch, capsys):
     """The run's own config is what the flags change, with another name of its folder too."""
 
@@ -414,17 +223,6 @@ def test_the_workdir_alone_is_enough_to_go_on(call, finished, monkeypatch, capsy
     (finished / "config.json").write_text("{")
     status, _, err = run(f"--workdir={finished}")
     assert status == cli.USER_ERROR and "config.json cannot be read" in err and err.count("\n") == 1
-
-
-def test_a_second_signal_ends_it_at_once():
-    code = (
-        "from signal import SIGINT, SIGTERM, raise_signal\n"
-        "from maxsep.signals import Stop\n"
-        "with Stop() as stop:\n"
-        "    raise_signal(SIGTERM); print(stop.asked, flush=True); raise_signal(SIGINT); print('not reached')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGTERM\n")
 
 
 def test_a_folder_that_cannot_be_made_is_told(call):
