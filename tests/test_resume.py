@@ -120,8 +120,7 @@ def test_killed_and_restarted_on_another_mesh(tmp_path, attention, expert):
 def test_sigterm_in_any_phase_saves_and_goes_on(tmp_path, moment):
     flags = kill.flags(kill.text(tmp_path))
     kill.train(tmp_path / "whole", *flags)
-    process = kill.Process(tmp_path / "run", *flags)
-    process.signal_when(moment, signal.SIGTERM)
+    process = kill.signalled(tmp_path / "run", moment, signal.SIGTERM, *flags)
     assert process.ended() == cli.STOPPED and 0 < process.saved < STEPS
     where = "in the evaluation after" if moment is in_an_evaluation else "after"
     assert process.printed[-1].startswith(f"error: SIGTERM: stopped {where} step {process.saved}, saved;")
