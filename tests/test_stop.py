@@ -16,6 +16,10 @@ from maxsep import cli
 from maxsep.checkpoint import Checkpoints
 
 
+# The compilation cache is on the same disk; a user is warned, and trains on.
+CACHE = pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
+
+
 @pytest.fixture
 def full_disk():
     """Files may grow to 24 kB, once it is called."""
@@ -24,6 +28,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@CACHE
 def test_a_failed_last_save_is_told(call, workdir, full_disk, monkeypatch):
     def when_saved():
         while not (workdir / "checkpoints" / "2").exists():
@@ -38,6 +43,7 @@ def test_a_failed_last_save_is_told(call, workdir, full_disk, monkeypatch):
     assert max(Checkpoints(workdir / "checkpoints", read_only=True).all_steps()) == 2
 
 
+@CACHE
 def test_a_save_that_fails_on_the_way_is_told_and_training_goes_on(call, workdir, full_disk, monkeypatch):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_step(monkeypatch, 2, full_disk)
