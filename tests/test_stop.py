@@ -15,7 +15,6 @@ from runs import at_step, checkpoints, snapshot, steps
 from maxsep import cli
 from maxsep.checkpoint import Checkpoints
 
-
 # The compilation cache is on the same disk; a user is warned, and trains on.
 CACHE = pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
 
