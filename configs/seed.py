@@ -32,6 +32,7 @@ def get_config():
     config.data.split = "train[:90%]"
     config.data.eval_split = "train[90%:]"
     config.data.sequence_length = 2048
+    config.data.eval_max_tokens = 10_000_000  # of some 16 B: an evaluation takes minutes, not longer than training
     config.data.tokenizer = "gpt2"
     config.model.layers = 4
     config.model.d_model = 4096

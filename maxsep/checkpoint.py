@@ -125,8 +125,12 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc) -> None:
-        self.close()
+    def __exit__(self, kind, *exc) -> None:
+        try:
+            self.close()
+        except SaveError:
+            if kind is None:  # else the error that ends the run counts, not what it cost
+                raise
 
     def all_steps(self) -> list[int]:
         """The saved steps, ascending. Waits for the save under way."""

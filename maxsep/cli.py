@@ -29,6 +29,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from maxsep import paths
 from maxsep.config import Config, ConfigError, fields, from_config_dict, mistyped, to_config_dict, unknown_field
 from maxsep.validate import validate
 from maxsep.workdir import read_config
@@ -158,7 +159,7 @@ def load_config(path: str) -> Config:
     Raises:
         ConfigError: no such file, an error in it, or an unknown or mistyped field.
     """
-    if not Path(path).is_file():
+    if not paths.named("--config", path).is_file():
         raise ConfigError(f"--config: got {path!r}, which is no file; takes a file like configs/tiny.py")
     if str(REPOSITORY) not in sys.path:
         sys.path.append(str(REPOSITORY))  # for `from configs import base`, wherever the file lies
@@ -184,7 +185,7 @@ def workdir(path: str, exists: bool) -> Path:
     Raises:
         ConfigError: it is missing though it must exist, or could not be made or written to.
     """
-    folder = Path(path).expanduser().resolve()
+    folder = paths.named("--workdir", path).resolve()
     if exists and not folder.is_dir():
         raise ConfigError(f"--workdir: got {path}, which does not exist; takes the folder of a run")
     parent = next(p for p in (folder, *folder.parents) if p.exists())
@@ -240,8 +241,8 @@ def _base(path: str | None, default: str, argv: Sequence[str]) -> tuple[Config, 
     if path is not None:
         return load_config(path), False
     folder = _take("workdir", argv)[0]
-    if folder and (Path(folder).expanduser() / "config.json").is_file():
-        return read_config(Path(folder).expanduser())[0], False
+    if folder and (paths.named("--workdir", folder) / "config.json").is_file():
+        return read_config(paths.named("--workdir", folder))[0], False
     return load_config(str(REPOSITORY / default)), True
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from maxsep import collectives
 from maxsep.collectives import Axes
 
-BLOCK_LOGITS = 8 * 2**20  # logits that one device holds at a time, about
+# Logits that one device holds at a time, about; more where that would make too many blocks, each of which is compiled.
+BLOCK_LOGITS, MOST_BLOCKS = 8 * 2**20, 16
 
 
 def cross_entropy(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, vocab_size: int, axes: Axes):
@@ -38,7 +39,7 @@ def _first_id(rows: int, axes: Axes) -> jax.Array | int:
 
 def _blocks(x_td: jax.Array, rows: int) -> list[slice]:
     tokens = x_td.shape[0]
-    count = min(tokens, -(-tokens * rows // BLOCK_LOGITS))
+    count = min(tokens, MOST_BLOCKS, -(-tokens * rows // BLOCK_LOGITS))
     edges = [tokens * i // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from maxsep import cli
+from maxsep import cli, paths
 from maxsep.config import Config, ConfigError
 from maxsep.data import cache, packing, sources, tokenizer
 from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
@@ -48,7 +48,8 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: one of them is not there, or of no known kind.
     """
-    _Preparation(config, lambda line: None)
+    preparation = _Preparation(config, lambda line: None)
+    preparation.source.check_splits(config.data.split, config.data.eval_split)
 
 
 class _Preparation:
@@ -235,6 +236,8 @@ def define(values: flags.FlagValues) -> None:
 
 def main(args: cli.Args) -> None:
     started = time.monotonic()
+    if args.flags.json:
+        paths.to_write("--json", args.flags.json)
     console = _Console()
     asked = False
 
@@ -264,7 +267,7 @@ def main(args: cli.Args) -> None:
     figures["unigram_entropy"] = corpus.unigram_entropy
     print(f"unigram cross-entropy of the held-out tokens: {corpus.unigram_entropy:.4f} nats")
     if args.flags.json:
-        Path(args.flags.json).write_text(json.dumps(figures) + "\n")
+        paths.to_write("--json", args.flags.json).write_text(json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":

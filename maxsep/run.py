@@ -6,7 +6,6 @@ from contextlib import closing
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -78,18 +77,17 @@ class Run:
         """
         start = time.monotonic()
         rows = host_rows(self.eval_shape, self.batch_sharding)
-        done = []
+        cross_entropy = targets = 0.0
         with closing(eval_batches(corpus.eval, self.eval_shape[1], rows)) as batches:
             for batch in to_mesh(batches, self.eval_shape, self.batch_sharding):
-                done.append(self.eval_step(params, batch))
-                # Unlike train steps, these do not wait for each other: with many at once, simulated devices run out of
-                # threads and hang.
-                jax.block_until_ready(done[-1])
+                # Fetched at once: unlike train steps, these do not wait for each other, and with many at a time
+                # simulated devices run out of threads and hang.
+                one = jax.device_get(self.eval_step(params, batch))
+                cross_entropy, targets = cross_entropy + float(one.cross_entropy), targets + float(one.targets)
                 if stop():
                     return None
-        cross_entropy, targets = np.sum(jax.device_get([tuple(one) for one in done]), axis=0, dtype=np.float64)
         assert targets == corpus.eval.targets, "a held-out token was counted twice or not at all"
-        loss = float(cross_entropy / targets)
+        loss = cross_entropy / targets
         return {"loss": loss, "perplexity": metrics.perplexity(loss), "seconds": time.monotonic() - start}
 
     def figures(self, device_metrics: dict, seconds: float, peak: float | None) -> dict:

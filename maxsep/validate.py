@@ -9,6 +9,7 @@ import numpy as np
 from maxsep.config import CHOICES, Config, ConfigError, fields
 
 SMALLEST, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # float32
+WIDE = ("train.seed", "data.max_tokens", "data.eval_max_tokens")  # integers that never become int32
 GPT2_IDS = 50_257
 GPT2_FEWEST_IDS = 257  # a byte each, and the end of a text
 
@@ -19,7 +20,7 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken, as one line.
     """
-    _floats(config)
+    _numbers(config)
     _run(config)
     _optimizer(config)
     _data(config)
@@ -62,10 +63,12 @@ def _multiple(config: Config, path: str, of: str) -> None:
     _need(value % size == 0, path, value, f"a multiple of {of} ({size})")
 
 
-def _floats(config: Config) -> None:
-    """The program holds every number as float32."""
+def _numbers(config: Config) -> None:
+    """The program holds numbers as float32 and as int32."""
     for field in fields():
         value = attrgetter(field.path)(config)
+        if type(value) is int and field.path not in WIDE:
+            _need(abs(value) < 2**31, field.path, value, "an integer below 2**31")
         if field.hint in (float, float | None) and value:
             holds = SMALLEST <= abs(value) <= LARGEST
             _need(holds, field.path, value, f"0, or a size from {SMALLEST:.1e} to {LARGEST:.1e} (float32)")

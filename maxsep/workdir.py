@@ -15,6 +15,7 @@ import sys
 from operator import attrgetter
 from pathlib import Path
 
+from maxsep import paths
 from maxsep.config import Config, ConfigError, fields, from_config_dict
 from maxsep.durable import write_json
 
@@ -64,7 +65,7 @@ def check_start(folder: Path, config: Config, training: bool) -> None:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether the run in `folder` has saved a step."""
-    directory = folder / CHECKPOINTS
+    directory = paths.named("--workdir", str(folder / CHECKPOINTS))
     return directory.is_dir() and any(entry.name.isdigit() for entry in directory.iterdir())
 
 
@@ -76,7 +77,7 @@ def init_checkpoints(config: Config) -> Path | None:
     """
     if config.train.init_from is None:
         return None
-    source = Path(config.train.init_from).expanduser().resolve()
+    source = paths.named("train.init_from", config.train.init_from).resolve()
     if not has_checkpoint(source):
         raise ConfigError(f"train.init_from: got {source}, which has no checkpoint; takes the folder of a run")
     return source / CHECKPOINTS

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import re
 from operator import attrgetter
-from pathlib import Path
 
 import pytest
 
@@ -102,17 +100,6 @@ def test_a_bad_config_json_is_told_in_one_line(workdir, content, message):
     with pytest.raises(ConfigError) as caught:
         folder.read_config(workdir)
     assert message in str(caught.value) and str(workdir) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_the_docs_list_what_may_change():
-    docs = Path(folder.__file__).parents[1] / "docs" / "running.md"
-    table = docs.read_text(encoding="utf-8").split("## What may change")[1].split("\n## ")[0]
-    listed = {
-        name.replace("*", "")
-        for row in re.findall(r"^\| (`[^|]*) \|", table, re.M)
-        for name in re.findall("`(.*?)`", row)
-    }
-    assert listed == set(folder.RESUME_MAY_CHANGE)
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from maxsep import paths
 from maxsep.config import ConfigError
 
 
 def root(cache: str | None) -> Path:
     """The folder that `data.cache` names, or else maxsep in the user's cache folder; made if missing."""
     user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(cache).expanduser() if cache else Path(user) / "maxsep"
+    folder = paths.named("data.cache", cache) if cache else Path(user) / "maxsep"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

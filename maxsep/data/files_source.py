@@ -78,17 +78,25 @@ class FilesSource:
         known = self._known_scans()
         return all(files.state(path) in known for path in self.paths)
 
+    def check_splits(self, train: str | None, held_out: str | None) -> None:
+        """Raises what `splits` does, without reading the files."""
+        self._slices(train, held_out)
+
+    def _slices(self, train: str | None, held_out: str | None):
+        held_out = held_out or "train[90%:]"
+        train = train or complement(held_out)
+        sides = _slices("data.split", train), _slices("data.eval_split", held_out)
+        if any(a < d and c < b for a, b in sides[0] for c, d in sides[1]):
+            raise ConfigError(f"data.split: got {train}, which overlaps the held-out split {held_out}")
+        return sides
+
     def splits(self, train: str | None, held_out: str | None) -> tuple[list[list[Part]], list[list[Part]]]:
         """The parts, in groups, of the training and of the held-out text.
 
         Raises:
             ConfigError: a split that is not of the form `train[a%:b%]`, or text in both.
         """
-        held_out = held_out or "train[90%:]"
-        train = train or complement(held_out)
-        sides = _slices("data.split", train), _slices("data.eval_split", held_out)
-        if any(a < d and c < b for a, b in sides[0] for c, d in sides[1]):
-            raise ConfigError(f"data.split: got {train}, which overlaps the held-out split {held_out}")
+        sides = self._slices(train, held_out)
         scans = self._scans(lambda line: None)
         return tuple(_grouped(self._parts(scans, slices)) for slices in sides)
 

@@ -3,6 +3,7 @@
 - `description`: for the console; `bytes`: the text's size, roughly;
 - `fingerprint(log)`: a hash that is another one when the text is; `quick_fingerprint()`: whether it is known without
   reading the text;
+- `check_splits(split, eval_split)`: refuses what can be refused without reading the text;
 - `prepare(log)`: what has to be done once before reading;
 - `splits(split, eval_split) -> (parts, parts)`: the training and the held-out text in parts. Which these are depends on
   the source alone, so that any number of processes makes the same records of them;

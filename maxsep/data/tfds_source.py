@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from maxsep import paths
 from maxsep.config import ConfigError
 from maxsep.data import cache, docstrings
 
@@ -52,6 +53,11 @@ class TfdsSource:
     def quick_fingerprint(self) -> bool:
         """Whether `fingerprint` is known without reading the text."""
         return True
+
+    def check_splits(self, train: str | None, held_out: str | None) -> None:
+        """Raises what `splits` does."""
+        if train or held_out:
+            self.splits(train, held_out)
 
     def splits(self, train: str | None, held_out: str | None) -> tuple[list[Part], list[Part]]:
         """The parts of the training and of the held-out text, named as TFDS does or by default (None).
@@ -118,6 +124,13 @@ class DocstringsSource(TfdsSource):
         super().__init__(self._root / "docstrings" / "1.0.0")
         self.description = "docstrings of installed Python packages"
 
+    def check_splits(self, train: str | None, held_out: str | None) -> None:
+        """Refuses what cannot be one, without building the corpus, which has the split `train` alone."""
+        for field, split in (("data.split", train), ("data.eval_split", held_out)):
+            terms = (split or "train").split("+")
+            if not all(re.fullmatch(r"train(\[(-?\d+%?)?:(-?\d+%?)?\])?", term.strip()) for term in terms):
+                raise ConfigError(f"{field}: got {split}; takes slices of train, as train[:90%]")
+
     def fingerprint(self, log: Callable[[str], None]) -> str:
         """Hash of what the corpus is built from, known before it is built."""
         return docstrings.fingerprint()
@@ -139,7 +152,7 @@ def find(path: str, name: str | None) -> TfdsSource:
     Raises:
         ConfigError: no prepared dataset there.
     """
-    folder = Path(path).expanduser()
+    folder = paths.named("data.path", path)
     if not folder.is_dir():
         raise ConfigError(f"data.path: got {path!r} (no such folder); takes the folder of a prepared dataset")
     if name is None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from maxsep import paths
 from maxsep.config import ConfigError
 from maxsep.validate import tokenizer_ids
 
@@ -86,7 +87,7 @@ class JsonTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            content = Path(path).expanduser().read_bytes()
+            content = paths.named("data.tokenizer", path).read_bytes()
         except OSError as error:
             takes = "gpt2, gpt2:N, bytes, or the path of a tokenizer.json"
             raise ConfigError(f"data.tokenizer: got {path!r} ({_reason(error)}); takes {takes}") from None
