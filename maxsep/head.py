@@ -13,24 +13,24 @@ from maxsep.collectives import Axes
 BLOCK_LOGITS, MOST_BLOCKS = 8 * 2**20, 16
 
 
-def cross_entropy(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, vocab_size: int, axes: Axes):
+def cross_entropy(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, ids: int, axes: Axes):
     """This device's share of the summed next-token cross-entropy (nats, float32 or wider).
 
     `x_td` [T, D] are the tokens of whole sequences, the same on every device along `axes`, over which the rows of
     `table_vd` are split; each of those devices returns an equal share of the sum. Targets of -1 count nothing. Rows
-    from `vocab_size` on are padding: they have no probability.
+    from `ids` on have no probability: padding, or ids that the tokenizer does not have.
     """
-    return _loss(vocab_size, axes, x_td, table_vd, targets_t)
+    return _loss(ids, axes, x_td, table_vd, targets_t)
 
 
-def logits(x_td: jax.Array, table_vd: jax.Array, vocab_size: int, axes: Axes) -> jax.Array:
-    """Logits [T, v] of this device's rows, float32 or wider; minus infinity for padded ids."""
+def logits(x_td: jax.Array, table_vd: jax.Array, ids: int, axes: Axes) -> jax.Array:
+    """Logits [T, v] of this device's rows, float32 or wider; minus infinity from `ids` on."""
     wide = jnp.promote_types(x_td.dtype, jnp.float32)
     scores = jnp.einsum("td,vd->tv", x_td, table_vd, preferred_element_type=wide)
     rows = table_vd.shape[0]
-    if rows * collectives.size(axes) == vocab_size:  # a pass over the logits saved
+    if rows * collectives.size(axes) == ids:  # a pass over the logits saved
         return scores
-    return jnp.where(_first_id(rows, axes) + jnp.arange(rows) < vocab_size, scores, -jnp.inf)
+    return jnp.where(_first_id(rows, axes) + jnp.arange(rows) < ids, scores, -jnp.inf)
 
 
 def _first_id(rows: int, axes: Axes) -> jax.Array | int:
@@ -44,9 +44,9 @@ def _blocks(x_td: jax.Array, rows: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-def _block(vocab_size, axes, x_td, table_vd, targets_t):
+def _block(ids, axes, x_td, table_vd, targets_t):
     """Summed loss of one block of tokens, and its gradient by the logits [T, v]."""
-    scores = logits(x_td, table_vd, vocab_size, axes)
+    scores = logits(x_td, table_vd, ids, axes)
     top = collectives.largest(jnp.max(scores, axis=-1, keepdims=True), axes)
     exp = jnp.exp(scores - top)
     norm = collectives.total(jnp.sum(exp, axis=-1, keepdims=True), axes)
@@ -62,19 +62,19 @@ def _block(vocab_size, axes, x_td, table_vd, targets_t):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(vocab_size, axes, x_td, table_vd, targets_t):
+def _loss(ids, axes, x_td, table_vd, targets_t):
     table = table_vd.astype(x_td.dtype)
-    parts = (_block(vocab_size, axes, x_td[at], table, targets_t[at])[0] for at in _blocks(x_td, table.shape[0]))
+    parts = (_block(ids, axes, x_td[at], table, targets_t[at])[0] for at in _blocks(x_td, table.shape[0]))
     return collectives.vary(sum(parts) / collectives.size(axes))
 
 
-def _loss_fwd(vocab_size, axes, x_td, table_vd, targets_t):
+def _loss_fwd(ids, axes, x_td, table_vd, targets_t):
     """The gradient is made with the loss, block by block: nothing is computed twice, and no logits are kept."""
     table = table_vd.astype(x_td.dtype)
     loss, dxs, dtable = 0.0, [], jnp.zeros_like(table_vd)
     for at in _blocks(x_td, table.shape[0]):
         x = x_td[at]
-        nll, d = _block(vocab_size, axes, x, table, targets_t[at])
+        nll, d = _block(ids, axes, x, table, targets_t[at])
         d = d.astype(x.dtype)
         dxs.append(jnp.einsum("tv,vd->td", d, table))
         dtable += jnp.einsum("tv,td->vd", d, x, preferred_element_type=dtable.dtype)
@@ -82,7 +82,7 @@ def _loss_fwd(vocab_size, axes, x_td, table_vd, targets_t):
     return collectives.vary(loss / collectives.size(axes)), (jnp.concatenate(dxs), dtable)
 
 
-def _loss_bwd(vocab_size, axes, residuals, g):
+def _loss_bwd(ids, axes, residuals, g):
     dx, dtable = residuals
     return (g * dx).astype(dx.dtype), g * dtable, None
 

@@ -50,9 +50,9 @@ class Losses(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Parameters in float32 (float64 for a float64 run), computation in `model.dtype`."""
+    """Parameters in float32 (float64 for a float64 run), computation in `model.dtype`; only the first `ids` ids occur."""
 
-    def __init__(self, rngs: nnx.Rngs, model: ModelConfig, layout: Layout):
+    def __init__(self, rngs: nnx.Rngs, model: ModelConfig, layout: Layout, ids: int):
         dtype = jnp.promote_types(model.dtype, jnp.float32)
         kernel = attention_kernel(model, layout.platform)
         self.embedding = Embedding(rngs, layout, model.padded_vocab_size, model.d_model, dtype)
@@ -61,7 +61,7 @@ class Transformer(nnx.Module):
         if not model.tied_embedding:
             rows = (model.padded_vocab_size, model.d_model)
             self.head_vd = normal(rngs, layout, "vd", rows, model.d_model**-0.5, dtype)
-        self.layout, self.model = layout, model
+        self.layout, self.model, self.ids = layout, model, ids
 
     def hidden(self, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None):
         """Ids [b, S] -> final hidden states [b, S, D] of whole sequences, and every layer's `MoEStats`.
@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             axes = self.layout.axes("v")
             x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
-            nll = head.cross_entropy(x_td, table[...], targets_bs.ravel(), self.model.vocab_size, axes)
+            nll = head.cross_entropy(x_td, table[...], targets_bs.ravel(), self.ids, axes)
             return Losses(lax.psum(nll, AXES), stats)
 
 
@@ -133,6 +133,8 @@ def attention_kernel(model: ModelConfig, platform: str) -> str:
     obstacle = None
     if platform not in ("gpu", "cuda"):
         obstacle = f"this machine's backend is {platform}"
+    elif jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8:
+        obstacle = f"this machine has {jax.devices()[0].device_kind}, older than Ampere"
     elif model.dtype != "bfloat16":
         obstacle = f"model.dtype is {model.dtype}"
     elif model.head_size % 8 or model.head_size > 128:

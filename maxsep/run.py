@@ -26,12 +26,13 @@ class Run:
     Args:
         config: a checked config.
         end_of_text: the tokenizer's id of it, for attention that stays within documents.
+        ids: number of ids of the tokenizer; the others have no probability. None: all of `model.vocab_size`.
     """
 
-    def __init__(self, config: Config, end_of_text: int | None = None):
+    def __init__(self, config: Config, end_of_text: int | None = None, ids: int | None = None):
         train, length = config.train, config.data.sequence_length
         self.config, self.mesh = config, jax.sharding.get_mesh()
-        self.program = Program(config, end_of_text)
+        self.program = Program(config, end_of_text, ids)
         self.abstract_state = self._placed(jax.eval_shape(self.program.init))
         micro_batch = train.batch_size // train.accumulation
         self.batch_shape = (train.accumulation, micro_batch, length + 1)

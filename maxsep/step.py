@@ -41,11 +41,19 @@ class Evaluation(NamedTuple):
 class Program:
     """The functions of one config, to be called and compiled under its mesh (`jax.set_mesh`).
 
-    `end_of_text` is the tokenizer's, for runs whose attention stays within documents; `platform` that of the devices to
-    compile for, this machine's by default.
+    `end_of_text` and `ids` are the tokenizer's: the id, for runs whose attention stays within documents, and how many ids
+    have a probability, by default all of the vocabulary. `platform` is that of the devices to compile for, this machine's
+    by default.
     """
 
-    def __init__(self, config: Config, end_of_text: int | None = None, platform: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        end_of_text: int | None = None,
+        ids: int | None = None,
+        platform: str | None = None,
+    ):
+        self.ids = ids or config.model.vocab_size
         self.config = config
         self.layout = Layout.of(config, platform)
         self.kernel = attention_kernel(config.model, self.layout.platform)
@@ -58,7 +66,7 @@ class Program:
         self.zero_specs = jax.tree.map(self._zero_spec, self.abstract_params)
 
     def _model(self) -> Transformer:
-        return Transformer(nnx.Rngs(self.config.train.seed), self.config.model, self.layout)
+        return Transformer(nnx.Rngs(self.config.train.seed), self.config.model, self.layout, self.ids)
 
     def _zero_spec(self, x) -> P:
         if not self.config.optimizer.zero1:

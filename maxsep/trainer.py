@@ -36,7 +36,7 @@ def train(config: Config, folder: Path) -> None:
     mesh = make_mesh(config)
     peak = metrics.machine_peak(list(mesh.devices.flat), config.model.dtype)
     with jax.set_mesh(mesh), ExitStack() as stack:
-        run = Run(config, corpus.tokenizer.end_of_text)
+        run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
         state = None if saved else run.new_state()  # may refuse train.init_from: before anything is written
         position = 0
@@ -88,7 +88,7 @@ def evaluate(config: Config, folder: Path) -> None:
     corpus = prepare.ensure(config, console.say)
     workdir.check_resume(folder, config, corpus.fingerprint)
     with jax.set_mesh(make_mesh(config)), Checkpoints(folder / workdir.CHECKPOINTS, read_only=True) as checkpoints:
-        run, step = Run(config, corpus.tokenizer.end_of_text), checkpoints.latest_step()
+        run, step = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size), checkpoints.latest_step()
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
         scores = run.evaluate(checkpoints.restore_params(run.abstract_state.params), corpus)
     console.say(console.table(f"step {step}", summary.held_out(scores["loss"], corpus)))

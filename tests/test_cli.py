@@ -80,6 +80,15 @@ MISTAKES = {
     "workdir that is a file": (["--workdir={files}/empty.py"], "--workdir: got"),
     "workdir in a file": (["--workdir={files}/empty.py/run"], "--workdir: got"),
     "evaluation without a run": (["--mode=eval"], "--workdir: got"),
+    "workdir of nobody": (["--workdir=~nobody-here/run"], "--workdir: got '~nobody-here/run'"),
+    "workdir with too long a name": ([f"--workdir={'x' * 300}"], "--workdir: got 'xxx"),
+    "weights of nobody": (["--config.train.init_from=~nobody-here"], "train.init_from: got '~nobody-here'"),
+    "more steps than int32 counts": (["--config.optimizer.warmup_steps=3000000000"], "optimizer.warmup_steps: got 3"),
+    "broken split of the default corpus": (["--config.data.split=nonsense["], "data.split: got nonsense["),
+    "broken held-out split of files": (
+        ["--config.data.source=files", "--config.data.path={files}/a.jsonl", "--config.data.eval_split=test"],
+        "data.eval_split: got test",
+    ),
 }
 
 

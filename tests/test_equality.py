@@ -163,6 +163,18 @@ def test_padded_ids_are_never_produced():
         assert table[: c.model.vocab_size].any()
 
 
+def test_ids_that_the_tokenizer_lacks_are_never_produced():
+    c = config((4, 4))
+    few = 180  # of 200
+    with jax.set_mesh(make_mesh(c)):
+        r = Run(c, END_OF_TEXT, few)
+        state = r.new_state()
+        batch = jax.device_put(text(c, 1)[0] % few, r.batch_sharding)
+        found, _ = jax.device_get(jax.jit(r.program._gradients)(state.params, batch, np.int32(0)))
+    assert not found["head_vd"][few:].any()
+    assert found["head_vd"][:few].any(axis=1).all()
+
+
 @functools.cache
 def trained(c: Config) -> tuple[list[float], float, int]:
     """Losses of `train.steps` steps on the same text, the largest change of a router weight, choices dropped."""
