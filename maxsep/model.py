@@ -50,7 +50,10 @@ class Losses(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Parameters in float32 (float64 for a float64 run), computation in `model.dtype`; only the first `ids` ids occur."""
+    """Parameters in float32 (float64 for a float64 run), computation in `model.dtype`.
+
+    Only the first `ids` ids have a probability.
+    """
 
     def __init__(self, rngs: nnx.Rngs, model: ModelConfig, layout: Layout, ids: int):
         dtype = jnp.promote_types(model.dtype, jnp.float32)

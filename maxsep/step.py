@@ -41,9 +41,9 @@ class Evaluation(NamedTuple):
 class Program:
     """The functions of one config, to be called and compiled under its mesh (`jax.set_mesh`).
 
-    `end_of_text` and `ids` are the tokenizer's: the id, for runs whose attention stays within documents, and how many ids
-    have a probability, by default all of the vocabulary. `platform` is that of the devices to compile for, this machine's
-    by default.
+    `end_of_text` and `ids` are the tokenizer's: the id, for runs whose attention stays within documents, and how many
+    ids have a probability, by default all of the vocabulary. `platform` is that of the devices to compile for, this
+    machine's by default.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ def test_a_peer_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
     [
         ("--steps=0", "steps"),
         ("--peers=/nowhere", "--peers: got /nowhere"),
-        ("--json=/nowhere/figures.jsonl", "--json: got /nowhere/figures.jsonl"),
+        ("--json=/nowhere/figures.jsonl", "--json: got '/nowhere/figures.jsonl'"),
         ("--config.mesh.expert=3", "mesh.expert"),
     ],
 )
