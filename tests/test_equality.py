@@ -248,15 +248,9 @@ def test_what_only_changes_the_cost():
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-# 512 positions, so that every mesh keeps groups of 32 whole.
 DISPATCHES = {
-    "dropless": {"train.seed": 0},
-    "groups": {
-        "train.seed": 2,
-        "model.capacity_factor": 1.0,
-        "model.capacity_group": 32,
-        "data.sequence_length": 512,
-    },
+    "dropless": {"data.sequence_length": 32},
+    "groups": {"data.sequence_length": 128, "model.capacity_factor": 1.0, "model.capacity_group": 32},
 }
 
 
@@ -273,10 +267,15 @@ def test_twenty_losses_of_train_py_are_the_same(tmp_path, dispatch):
         "train.log_every": 1,
         "optimizer.warmup_steps": 5,
         "optimizer.learning_rate": 1e-2,
+        # AdamW's default divides gradients that are nothing but rounding by themselves, and so learns from the mesh.
+        "optimizer.eps": 1e-4,
         "data.source": "files",
         "data.path": tmp_path / "words.txt",
         "data.tokenizer": "bytes",
         "data.cache": tmp_path / "cache",
+        "data.max_tokens": 60_000,
+        "data.eval_max_tokens": 2_000,
+        "model.layers": 1,
         "model.d_model": 32,
         "model.d_ff": 48,
         "model.vocab_size": 300,
@@ -297,9 +296,10 @@ def test_twenty_losses_of_train_py_are_the_same(tmp_path, dispatch):
     assert len(expected) == 20
     assert expected[0] - expected[-1] >= 1
     assert (max(dropped) > 0) == ("model.capacity_factor" in dispatch)
-    for mesh in MESHES[1:]:
+    whole = 128 // dispatch.get("model.capacity_group", 1)  # parts that a sequence may be split into
+    for mesh in [mesh for mesh in MESHES[1:] if mesh[0] <= whole]:
         found, also_dropped = losses(mesh)
         assert found == pytest.approx(expected, rel=1e-5), mesh
-        assert also_dropped == pytest.approx(dropped, rel=1e-3), mesh
+        assert also_dropped == dropped, mesh
     others, _ = losses((1, 1), **{"train.seed": 7})
     assert np.abs(np.subtract(others, expected)).min() > 1e-4
