@@ -18,7 +18,8 @@ def define(values: flags.FlagValues) -> None:
 
 def main(args: cli.Args) -> None:
     training = args.flags.mode == "train"
-    folder = cli.workdir(args.flags.workdir or f"runs/{args.config.name}", exists=not training)
+    named = args.flags.workdir
+    folder = cli.workdir(f"runs/{args.config.name}" if named is None else named, exists=not training)
     workdir.check_start(folder, args.config, training)
     prepare.check(args.config)
     config = launch.start(args.config, args.fit_mesh, training)

@@ -91,6 +91,9 @@ def run(
         return _error(USER_ERROR, e)
     except KeyboardInterrupt:
         return _error(130, "interrupted")
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception:
         traceback.print_exc()
         return CRASHED
@@ -169,6 +172,8 @@ def load_config(path: str) -> Config:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         where = f"{path}:{lines[-1]}" if lines else path
         what = "has no function get_config" if repr(e) == "KeyError('get_config')" else f"{type(e).__name__}: {e}"
+        if near := re.search(r"Did you mean .*?\?", what):  # ml_collections tells much more about a mistyped field
+            what = f"no such field; {near[0]}"
         raise ConfigError(f"--config: {where}: {what}") from e
     if not isinstance(values, ml_collections.ConfigDict):
         raise ConfigError(f"--config: {path}: get_config() returned {type(values).__name__}; takes a ConfigDict")
@@ -185,6 +190,8 @@ def workdir(path: str, exists: bool) -> Path:
     Raises:
         ConfigError: it is missing though it must exist, or could not be made or written to.
     """
+    if not path:
+        raise ConfigError("--workdir: got '', which is no folder; takes a folder")
     folder = paths.named("--workdir", path).resolve()
     if exists and not folder.is_dir():
         raise ConfigError(f"--workdir: got {path}, which does not exist; takes the folder of a run")

@@ -145,10 +145,12 @@ class _Preparation:
         for field, tokens in limits.items():
             if tokens < 2 and getattr(data, field) is not None:
                 raise ConfigError(f"data.{field}: got {getattr(data, field)}; takes None, or at least 2 tokens")
+        if train_tokens + eval_tokens < 2 and data.split is None and data.eval_split is None:
+            raise ConfigError(f"data.path: got {data.path!r}, which holds no text; takes text")
         for field, tokens in (("split", train_tokens), ("eval_split", eval_tokens)):
             if tokens < 2:
-                got = f"got {getattr(data, field)}, which holds no text"
-                raise ConfigError(f"data.{field}: {got}; takes a larger slice, or data.path more text")
+                got = f"got {getattr(data, field)}, which holds no text (documents are not cut)"
+                raise ConfigError(f"data.{field}: {got}; takes a larger slice, or data.path more documents")
         if train_tokens <= data.sequence_length:
             takes = f"less than the {train_tokens} tokens of the training split"
             raise ConfigError(f"data.sequence_length: got {data.sequence_length}; takes {takes}")

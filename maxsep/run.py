@@ -124,4 +124,11 @@ class Run:
             "parameters": f"{model.parameters:,}",
             "attention kernel": self.program.kernel,
             "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
+            **self._warmup(),
         }
+
+    def _warmup(self) -> dict[str, str]:
+        steps, warmup = self.config.train.steps, self.config.optimizer.warmup_steps
+        if steps > warmup:
+            return {}
+        return {"learning rate": f"rises to the end: optimizer.warmup_steps is {warmup}, train.steps {steps}"}

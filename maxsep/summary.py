@@ -80,8 +80,9 @@ def _number(value: float | None) -> float:
 def held_out(loss: float, corpus: Corpus) -> dict[str, str]:
     """The held-out loss beside the corpus's unigram cross-entropy, for the console."""
     gain = corpus.unigram_entropy - loss
+    compared = f"{abs(gain):.2f} {'better' if gain >= 0 else 'worse'}"
     return {
         "held-out loss": f"{loss:.4f} nats/token (perplexity {metrics.perplexity(loss):,.1f}) "
         f"over {corpus.eval.targets:,} tokens",
-        "unigram": f"{corpus.unigram_entropy:.4f} nats/token on the same tokens: the model is {gain:.2f} better",
+        "unigram": f"{corpus.unigram_entropy:.4f} nats/token on the same tokens: the model is {compared}",
     }

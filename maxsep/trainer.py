@@ -57,6 +57,8 @@ def train(config: Config, folder: Path) -> None:
         else:
             if saved:
                 console.say(f"going on from step {step} in {folder}")
+                if config.train.profile and int(config.train.profile.partition(":")[2]) <= step:
+                    console.say(f"train.profile: steps {config.train.profile} are done; nothing is recorded")
             Loop(run, corpus, folder, checkpoints, writer, peak).train(state, position)
     summary.finish(run, corpus, folder, None if finished else time.monotonic() - started)
 

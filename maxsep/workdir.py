@@ -87,7 +87,9 @@ def resolve(config: Config, stored: Config | None = None) -> Config:
     """`config` with what depends on the run's first start filled in; `stored`: that of the run that goes on."""
     if config.optimizer.decay_steps is not None:
         return config
-    steps = config.train.steps if stored is None else stored.optimizer.decay_steps
+    # A run that ends before its warm-up has a schedule too, if it goes on.
+    new = max(config.train.steps, config.optimizer.warmup_steps)
+    steps = new if stored is None else stored.optimizer.decay_steps
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decay_steps=steps))
 
 

@@ -80,6 +80,7 @@ MISTAKES = {
     "workdir that is a file": (["--workdir={files}/empty.py"], "--workdir: got"),
     "workdir in a file": (["--workdir={files}/empty.py/run"], "--workdir: got"),
     "evaluation without a run": (["--mode=eval"], "--workdir: got"),
+    "empty workdir": (["--workdir="], "--workdir: got ''"),
     "workdir of nobody": (["--workdir=~nobody-here/run"], "--workdir: got '~nobody-here/run'"),
     "workdir with too long a name": ([f"--workdir={'x' * 300}"], "--workdir: got 'xxx"),
     "weights of nobody": (["--config.train.init_from=~nobody-here"], "train.init_from: got '~nobody-here'"),

@@ -236,10 +236,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(files, tmp_path, data, field):
     assert not list(tmp_path.glob("cache/records/*.partial"))
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", '{"text": "only one"}\n'])
-def test_too_little_text_is_refused(files, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "field"), [("", "path"), ("\n\n", "path"), ('{"text": "only one"}\n', "split")], ids=repr
+)
+def test_too_little_text_is_refused(files, tmp_path, content, field):
     files.write_text(content)
-    with pytest.raises(ConfigError, match=r"^data\.split: got None, which holds no text"):
+    with pytest.raises(ConfigError, match=rf"^data\.{field}: got .*, which holds no text"):
         ensure(files, tmp_path / "cache")
 
 

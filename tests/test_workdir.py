@@ -8,6 +8,7 @@ import pytest
 
 from maxsep import workdir as folder
 from maxsep.config import Config, ConfigError, fields, from_config_dict
+from maxsep.validate import validate
 
 
 def replaced(config, path, value):
@@ -100,6 +101,14 @@ def test_a_bad_config_json_is_told_in_one_line(workdir, content, message):
     with pytest.raises(ConfigError) as caught:
         folder.read_config(workdir)
     assert message in str(caught.value) and str(workdir) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_shorter_than_its_warmup_goes_on(tmp_path):
+    short = replaced(Config(), "train.steps", 5)
+    folder.write_config(tmp_path, folder.resolve(short), "corpus-1")
+    longer = folder.check_resume(tmp_path, replaced(short, "train.steps", 500), "corpus-1")
+    validate(folder.read_config(tmp_path)[0])
+    assert longer.optimizer.decay_steps == longer.optimizer.warmup_steps
 
 
 @pytest.fixture
