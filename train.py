@@ -8,7 +8,10 @@ import sys
 
 from absl import flags
 
-from maxsep import cli, launch, prepare, workdir
+from maxsep import prepare
+from maxsep.config import cli
+from maxsep.output import workdir
+from maxsep.parallel.start import start
 
 
 def define(values: flags.FlagValues) -> None:
@@ -22,8 +25,8 @@ def main(args: cli.Args) -> None:
     folder = cli.workdir(f"runs/{args.config.name}" if named is None else named, exists=not training)
     workdir.check_start(folder, args.config, training)
     prepare.check(args.config)
-    config = launch.start(args.config, args.fit_mesh, training)
-    from maxsep import trainer  # imports JAX, which must wait until the flags are right
+    config = start(args.config, args.fit_mesh, training)
+    from maxsep.training import trainer  # imports JAX, which must wait until the flags are right
 
     if training:
         trainer.train(config, folder)

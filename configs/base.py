@@ -1,4 +1,7 @@
-"""The schema with its defaults: every field, unit and comment is in maxsep/config.py. Other configs override this."""
+"""The schema with its defaults: maxsep/config/schema.py has each field, its unit, a comment.
+
+Other configs override this.
+"""
 
 from maxsep.config import Config, to_config_dict
 

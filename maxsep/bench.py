@@ -11,9 +11,10 @@ from contextlib import ExitStack
 
 from absl import flags
 
-from maxsep import cli, launch, paths, peers
-from maxsep.config import Config, ConfigError
-from maxsep.timing import measurement, timed
+from maxsep.config import Config, ConfigError, cli, paths
+from maxsep.measure import peers
+from maxsep.measure.timing import measurement, timed
+from maxsep.parallel.start import start
 
 QUIET = 0.1  # cores that other processes may keep busy
 PRODUCTS = 3  # matrix products a turn
@@ -39,11 +40,11 @@ def main(args: cli.Args) -> None:
         peers.check(args.config)
     if options.json:
         paths.to_write("--json", options.json)
-    config = launch.start(args.config, fit_mesh=False)
+    config = start(args.config, fit_mesh=False)
 
     import jax
 
-    from maxsep.mesh import make_mesh
+    from maxsep.parallel.mesh import make_mesh
 
     if (options.parts or names) and jax.default_backend() != "cpu":
         flag = "--peers" if names else "--parts"
@@ -58,8 +59,9 @@ def main(args: cli.Args) -> None:
 
 def train(config: Config, names: list[str], options) -> list[dict]:
     """The measurements of maxsep and of the peers `names`; those that could not run have only `system` and `error`."""
-    from maxsep import console, metrics, parts
-    from maxsep.run import Run
+    from maxsep.measure import parts
+    from maxsep.output import console, metrics
+    from maxsep.training.run import Run
 
     run = Run(config, end_of_text=0)  # any id: what it costs to keep attention within documents does not depend on it
     print(console.table(f"bench train: {config.name}", run.described()), flush=True)
@@ -83,11 +85,11 @@ def train(config: Config, names: list[str], options) -> list[dict]:
             results[name], turns[name] = peer.facts, peer.turn
 
         taken, products = {name: [] for name in turns}, []
-        for start in range(0, options.steps, options.turn):
-            count = min(options.turn, options.steps - start)
+        for done in range(0, options.steps, options.turn):
+            count = min(options.turn, options.steps - done)
             for name, turn in turns.items():
                 taken[name].append(turn(count))
-                say(f"{name}: {start + count}/{options.steps} steps, {min(taken[name][-1]['seconds']):.3f} s")
+                say(f"{name}: {done + count}/{options.steps} steps, {min(taken[name][-1]['seconds']):.3f} s")
             products += timed(product, PRODUCTS)["seconds"]
 
     peak = product.flops / min(products)

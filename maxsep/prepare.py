@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from maxsep import cli, paths
-from maxsep.config import Config, ConfigError
+from maxsep.config import Config, ConfigError, cli, paths
 from maxsep.data import cache, packing, sources, tokenizer
 from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
-from maxsep.durable import write_json
+from maxsep.output.durable import write_json
 
 LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
 RATE = 2_000_000  # tokens/s that a process prepares, roughly

@@ -17,14 +17,12 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ma
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main")))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py is a script beside the package
-
 # After the environment is set: these import JAX.
 import kill  # noqa: E402
 from runs import SMALL  # noqa: E402
 
 import train  # noqa: E402
-from maxsep import cli  # noqa: E402
+from maxsep.config import cli  # noqa: E402
 
 
 @pytest.fixture

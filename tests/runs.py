@@ -2,7 +2,7 @@
 
 import kill
 
-from maxsep.metrics import MetricsWriter
+from maxsep.output.metrics import MetricsWriter
 
 SMALL = {
     "mesh__attention": 1,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from maxsep.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from maxsep.validate import validate
+from maxsep.config.validate import validate
 
 MESHES = [(1, 1), (2, 2), (4, 4), (1, 16), (16, 1), (2, 8), (8, 2)]  # attention × expert
 

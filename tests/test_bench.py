@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from maxsep import bench, cli
+from maxsep import bench
+from maxsep.config import cli
 
 SIZES = {
     "train.batch_size": 4,

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from maxsep import bench, cli, prepare
-from maxsep.config import CHOICES, fields
-from maxsep.workdir import RESUME_MAY_CHANGE
+from maxsep import bench, prepare
+from maxsep.config import CHOICES, cli, fields
+from maxsep.output.workdir import RESUME_MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train.py is a script beside the package
@@ -35,11 +35,12 @@ TYPES = {int: "integer", float: "number", bool: "True, False", str: "text"}
 INTRODUCTION = """\
 # Config reference
 
-Every setting, as `maxsep/config.py` has it. A config file sets them (`config.train.steps = 300`), a flag overrides
-them (`--config.train.steps=300`; `=None` where None is taken). `python train.py --help --config=configs/small.py` lists
-them with that config's values. `resume` marks those that may change when a run goes on, see [running](running.md).
+Every setting, as `maxsep/config/schema.py` has it. A config file sets them (`config.train.steps = 300`), a flag
+overrides them (`--config.train.steps=300`; `=None` where None is taken). `python train.py --help
+--config=configs/small.py` lists them with that config's values. `resume` marks those that may change when a run
+goes on, see [running](running.md).
 
-Which values fit each other is checked before anything starts: `maxsep/validate.py`.
+Which values fit each other is checked before anything starts: `maxsep/config/validate.py`.
 
 This page is written by `python tests/test_docs.py`; a test compares them.
 """

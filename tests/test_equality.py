@@ -13,10 +13,10 @@ import oracle
 import pytest
 from small import MESHES, config, named, text
 
-from maxsep.cli import REPOSITORY
 from maxsep.config import Config, ConfigError
-from maxsep.mesh import make_mesh
-from maxsep.run import Run
+from maxsep.config.paths import REPOSITORY
+from maxsep.parallel.mesh import make_mesh
+from maxsep.training.run import Run
 
 END_OF_TEXT = 3
 ROUNDING = 1e-5  # of a leaf's largest entry; of the loss

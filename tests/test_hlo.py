@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from small import config, named
 
-from maxsep.mesh import make_mesh
-from maxsep.run import Run
+from maxsep.parallel.mesh import make_mesh
+from maxsep.training.run import Run
 
 # All different: T tokens a device, E experts, C capacity, D and F widths.
 T, E, C, D, F = 23, 12, 5, 40, 56

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from maxsep import cli, prepare
-from maxsep.config import Config, ConfigError, DataConfig, ModelConfig
+from maxsep import prepare
+from maxsep.config import Config, ConfigError, DataConfig, ModelConfig, cli
 from maxsep.data import packing
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(cli.REPOSITORY)}  # also where the package is not installed
@@ -114,7 +114,8 @@ def test_finished_shards_are_kept(files, tmp_path, small_units, monkeypatch, sto
 
 KILLED = """
 import pathlib, sys, time
-from maxsep import cli, prepare
+from maxsep import prepare
+from maxsep.config import cli
 from maxsep.data import packing
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from maxsep.cli import REPOSITORY, load_config
 from maxsep.config import MeshConfig
-from maxsep.mesh import abstract_mesh
-from maxsep.step import Program
-from maxsep.validate import validate
+from maxsep.config.cli import load_config
+from maxsep.config.paths import REPOSITORY
+from maxsep.config.validate import validate
+from maxsep.parallel.mesh import abstract_mesh
+from maxsep.training.step import Program
 
 
 def seed(attention: int, expert: int):

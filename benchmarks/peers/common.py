@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the repository, at the end: it must shadow nothing
 
-from maxsep.timing import measurement, timed
+from maxsep.measure.timing import measurement, timed
 
 SHAPE = {  # the bench shape, configs/bench.py
     "layers": 4,

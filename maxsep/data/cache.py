@@ -6,8 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from maxsep import paths
-from maxsep.config import ConfigError
+from maxsep.config import ConfigError, paths
 
 
 def root(cache: str | None) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 from maxsep.config import ConfigError
 from maxsep.data import files
 from maxsep.data.tfds_source import complement
-from maxsep.durable import write_json
+from maxsep.output.durable import write_json
 
 LARGE = 1 << 28  # bytes of a file that take a while to read
 EXPANSION = 3  # text is about so much larger than its compressed file

@@ -20,7 +20,7 @@ import numpy as np
 
 from maxsep.data import tokenizer
 from maxsep.data.records import SHARD_TOKENS, check_shard, id_dtype, write_shard
-from maxsep.durable import write_json
+from maxsep.output.durable import write_json
 
 WRITE_TOKENS = 1 << 20  # tokens a worker holds before it writes them
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from maxsep import paths
-from maxsep.config import ConfigError
+from maxsep.config import ConfigError, paths
 from maxsep.data import cache, docstrings
 
 DOCUMENTS = 4096  # a part, of array_record

@@ -12,9 +12,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from maxsep import paths
-from maxsep.config import ConfigError
-from maxsep.validate import tokenizer_ids
+from maxsep.config import ConfigError, paths
+from maxsep.config.validate import tokenizer_ids
 
 END_OF_TEXT = "<|endoftext|>"
 # What tokenizer.json files call the end of a text, the commonest first, for those without a tokenizer_config.json.

@@ -1,0 +1,36 @@
+"""Paths that a user names, and where the package's own files lie."""
+
+import os
+from pathlib import Path
+
+from maxsep.config.schema import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[2]  # the checkout: configs/ and benchmarks/ lie beside the package
+
+
+def named(field: str, value: str) -> Path:
+    """The absolute path that `field` names, `~` expanded; it need not exist.
+
+    Raises:
+        ConfigError: there can be no such path, or this user may not look there.
+    """
+    try:
+        path = Path(value).expanduser().absolute()
+        if path.is_dir():
+            os.scandir(path).close()
+    except (OSError, RuntimeError, ValueError) as e:  # of these RuntimeError: ~ of an unknown user
+        reason = getattr(e, "strerror", None) or e
+        raise ConfigError(f"{field}: got {value!r} ({reason}); takes a path that this user may read") from None
+    return path
+
+
+def to_write(field: str, value: str) -> Path:
+    """As `named`, of a file that is to be written later.
+
+    Raises:
+        ConfigError: its folder does not exist, or it is a folder itself.
+    """
+    path = named(field, value)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{field}: got {value!r}; takes a file to write, in a folder that exists")
+    return path

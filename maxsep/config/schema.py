@@ -1,0 +1,267 @@
+"""Every setting of a run, once: its type, default, unit, and what it may be.
+
+`Config` is the schema. `configs/*.py` are ml-collections views of it (`to_config_dict`), the command line overrides
+fields of those, and `from_config_dict` brings them back here, checked. The rest of the package reads only `Config`.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import ml_collections
+from ml_collections import config_dict
+
+from maxsep.config.layouts import LAYOUTS
+
+# What a field takes that has a few named values. Kept here, without JAX, so that a mistake is answered at once.
+CHOICES = {
+    "layout": tuple(LAYOUTS),
+    "data.source": ("docstrings", "tfds", "files"),
+    "model.activation": ("swiglu", "gelu"),
+    "model.remat": ("none", "full", "dots"),
+    "model.attention_kernel": ("auto", "xla", "cudnn"),
+    "model.dtype": ("float32", "bfloat16", "float64"),
+}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one line: the field, what it got, what it takes."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes; their product is the number of devices."""
+
+    stage: int = 1  # pipeline stages
+    attention: int = 1  # devices that share one sequence: heads in attention, positions between blocks
+    expert: int = 1  # devices that share one set of experts, and the batch
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.stage, self.attention, self.expert)
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # sequences an optimizer step, over all devices and micro-batches
+    accumulation: int = 1  # micro-batches a step, batch_size / accumulation sequences each
+    seed: int = 0  # initial weights, data order, expert dropout
+    log_every: int = 10  # steps between rows of metrics.jsonl; 0: only at the end
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end
+    init_from: str | None = None  # workdir whose latest parameters to start from, with a fresh optimizer
+    profile: str | None = None  # "FIRST:LAST" steps to record with jax.profiler
+    nonfinite_limit: int = 10  # non-finite steps in a row that are skipped before the run halts
+    deterministic: bool = False  # GPU: only kernels that repeat to the bit (slower)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine decay."""
+
+    learning_rate: float = 1e-3  # peak
+    warmup_steps: int = 100  # steps of the linear warm-up from 0
+    decay_steps: int | None = None  # step at which the cosine ends; None: train.steps when the run first started
+    final_fraction: float = 0.1  # learning rate after the cosine, as a share of the peak
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of squared gradients
+    eps: float = 1e-8  # added to the root of the latter
+    weight_decay: float = 0.1  # on matrices; never on norms
+    clip_norm: float = 1.0  # largest global gradient norm
+    zero1: bool = False  # split the optimizer state over the mesh axes that replicate the parameters
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "docstrings"  # docstrings, tfds, files
+    path: str | None = None  # tfds: data_dir or prepared version; files: a glob of .jsonl, .txt, compressed or not
+    name: str | None = None  # tfds: dataset under path, as c4/en or c4/en:3.1.0; None: path is the prepared version
+    split: str | None = None  # training split, as train[:90%]; None: train less what is held out
+    eval_split: str | None = None  # held-out split; None: validation where there is one, else the last 10 % of train
+    sequence_length: int = 1024  # tokens
+    tokenizer: str = "gpt2"  # gpt2, gpt2:N (its first N ids), bytes, or the path of a tokenizer.json
+    cross_document_attention: bool = True  # may a token attend to earlier documents of its sequence
+    max_tokens: int | None = None  # prepare at most this many training tokens
+    eval_max_tokens: int | None = None  # prepare at most this many held-out tokens
+    cache: str | None = None  # folder of prepared records; None: maxsep under the user's cache folder
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm decoder, every layer with attention and a Mixture of Experts."""
+
+    layers: int = 4  # blocks of attention and experts
+    d_model: int = 256  # size of the residual stream
+    heads: int = 8  # query heads
+    kv_heads: int | None = None  # key/value heads; None: as many as heads
+    head_dim: int | None = None  # None: d_model / heads
+    experts: int = 16  # a layer
+    top_k: int = 2  # experts a token; with 1 its weight is always 1, and only the auxiliary losses train the router
+    d_ff: int = 512  # hidden size of an expert
+    vocab_size: int = 50_257  # rows of the embedding that stand for an id; padded for sharding only
+    activation: str = "swiglu"  # swiglu (three matrices an expert), gelu (two)
+    capacity_factor: float | None = None  # places an expert has, over a balanced load; None: dropless
+    capacity_group: int | None = None  # consecutive tokens over which capacity counts; None: a device's tokens
+    expert_dropout: float = 0.0  # share of an expert's output features dropped in training
+    load_balancing_coefficient: float = 0.01  # weight of that loss in the total
+    router_z_coefficient: float = 0.001  # weight of that loss in the total
+    rope_theta: float = 10_000.0  # base of the rotary positions
+    norm_eps: float = 1e-5  # added to the mean square
+    tied_embedding: bool = False  # one matrix for embedding and output head
+    scan_layers: bool = True  # one compiled layer in a loop (quick to compile), or each its own (faster on CPU)
+    remat: str = "none"  # what the backward pass recomputes: none, full (each block), dots (all but matrix products)
+    attention_kernel: str = "auto"  # auto, xla, cudnn (NVIDIA GPUs, bfloat16)
+    dtype: str = "float32"  # of the computation: float32, bfloat16 (both with float32 weights), float64
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.d_model // self.heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to a multiple of 128, so that any usual axis divides it."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, the rows that only pad the embedding not counted."""
+        attention = 2 * self.d_model * self.head_size * (self.heads + self.n_kv_heads)  # queries, output; keys, values
+        matrices = 3 if self.activation == "swiglu" else 2
+        experts = self.experts * matrices * self.d_model * self.d_ff
+        router = self.d_model * self.experts
+        norms = 2 * self.d_model
+        embeddings = (1 if self.tied_embedding else 2) * self.vocab_size * self.d_model  # embedding, output head
+        return self.layers * (attention + router + experts + norms) + self.d_model + embeddings
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "base"  # names the run's default workdir, runs/NAME
+    layout: str = "ma"  # which mesh axis splits what: maxsep/config/layouts.py
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting of the schema, for the checks below, `--help` and the README's reference."""
+
+    path: str  # section.name
+    hint: object  # its type: int, float | None, ...
+    default: object
+    comment: str
+
+
+def fields(node=Config, prefix: str = "") -> Iterator[Field]:
+    """Every setting in order; the comment is the one beside it in this file."""
+    hints = typing.get_type_hints(node)
+    source = inspect.getsource(node)
+    for f in dataclasses.fields(node):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from fields(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            comment = re.search(rf"^    {f.name}: .*?(?:  # (.*))?$", source, re.MULTILINE)[1]
+            yield Field(prefix + f.name, hints[f.name], f.default, comment or "")
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The schema as a locked ConfigDict. Fields that may be None are placeholders: they take both None and a value."""
+
+    def convert(node):
+        out = ml_collections.ConfigDict()
+        hints = typing.get_type_hints(type(node))
+        for f in dataclasses.fields(node):
+            value = getattr(node, f.name)
+            if dataclasses.is_dataclass(value):
+                out[f.name] = convert(value)
+            elif _optional(hints[f.name]):
+                # Numbers: a placeholder(float) would refuse the word None on the command line. Strings: a
+                # placeholder(object) would read the path 12 as a number.
+                out[f.name] = config_dict.placeholder(str if hints[f.name] == str | None else object)
+                out[f.name] = value
+            else:
+                out[f.name] = value
+        return out.lock()
+
+    return convert(config)
+
+
+def from_config_dict(values: Mapping) -> Config:
+    """`values` (a ConfigDict, or nested dicts as in a run's config.json) as a `Config`; fields left out are defaults.
+
+    Raises:
+        ConfigError: a field that does not exist or has another type. Ranges are `maxsep.config.validate`'s.
+    """
+
+    def convert(node, values, prefix):
+        if not isinstance(values, Mapping | ml_collections.ConfigDict):
+            raise ConfigError(f"{prefix.rstrip('.') or 'config'}: got {values!r}; takes the fields of {node.__name__}")
+        hints = typing.get_type_hints(node)
+        for name in values:
+            if name not in hints:
+                raise unknown_field(f"{prefix}{name}")
+        return node(
+            **{
+                name: convert(hints[name], value, f"{prefix}{name}.")
+                if dataclasses.is_dataclass(hints[name])
+                else _typed(f"{prefix}{name}", hints[name], value)
+                for name, value in values.items()
+            }
+        )
+
+    return convert(Config, values, "")
+
+
+def unknown_field(path: str) -> ConfigError:
+    """The error for a setting that does not exist, with the nearest that does."""
+    paths = [f.path for f in fields()]
+    inside = [p for p in paths if p.startswith(f"{path}.")]
+    if inside:
+        return ConfigError(f"{path}: is a section; takes its fields, as {inside[0]}")
+    leaf = path.rpartition(".")[2]
+    near = [p for p in paths if p.rpartition(".")[2] == leaf] or difflib.get_close_matches(path, paths, 1)
+    return ConfigError(f"{path}: no such field; " + (f"did you mean {near[0]}?" if near else "--help lists them"))
+
+
+def _typed(path: str, hint, value):
+    """`value` as the type `hint`, where it is one: an int is a float, a bool is no number."""
+    if _optional(hint):
+        if value is None or value in ("None", "none"):  # a command line has only the word
+            return None
+        (hint,) = (t for t in typing.get_args(hint) if t is not type(None))
+        also = " or None"
+    else:
+        also = ""
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise mistyped(path, value, hint, also)
+    return value
+
+
+def mistyped(path: str, value, hint: type, also: str = "") -> ConfigError:
+    """The error for a value of another type than the field's."""
+    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string"}
+    return ConfigError(f"{path}: got {value!r}; takes {names[hint]}{also}")
+
+
+def _optional(hint) -> bool:
+    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)

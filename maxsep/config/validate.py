@@ -1,0 +1,184 @@
+"""The rules a config keeps: the range of each field, and which fields must fit each other."""
+
+import re
+from operator import attrgetter
+from pathlib import PurePath
+
+import numpy as np
+
+from maxsep.config.schema import CHOICES, Config, ConfigError, fields
+
+SMALLEST, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # float32
+WIDE = ("train.seed", "data.max_tokens", "data.eval_max_tokens")  # integers that never become int32
+GPT2_IDS = 50_257
+GPT2_FEWEST_IDS = 257  # a byte each, and the end of a text
+
+
+def validate(config: Config) -> None:
+    """Checks everything about a config that needs neither a device nor a file.
+
+    Raises:
+        ConfigError: the first rule that is broken, as one line.
+    """
+    _numbers(config)
+    _run(config)
+    _optimizer(config)
+    _data(config)
+    _model(config)
+    _mesh(config)
+
+
+def _need(holds: bool, path: str, got, takes: str) -> None:
+    if not holds:
+        raise ConfigError(f"{path}: got {got!r}; takes {takes}")
+
+
+def _at_least(config: Config, least: int, *paths: str) -> None:
+    for path in paths:
+        value = attrgetter(path)(config)
+        _need(value is None or value >= least, path, value, f"an integer from {least} up")
+
+
+def _between(config: Config, low: float, high: float, *paths: str) -> None:
+    """Each field is in [low, high)."""
+    for path in paths:
+        value = attrgetter(path)(config)
+        _need(low <= value < high, path, value, f"a number from {low} to below {high}")
+
+
+def _positive(config: Config, *paths: str) -> None:
+    for path in paths:
+        value = attrgetter(path)(config)
+        _need(value is None or value > 0, path, value, "a number above 0")
+
+
+def _not_negative(config: Config, *paths: str) -> None:
+    for path in paths:
+        value = attrgetter(path)(config)
+        _need(value >= 0, path, value, "a number from 0 up")
+
+
+def _multiple(config: Config, path: str, of: str) -> None:
+    value, size = attrgetter(path)(config), attrgetter(of)(config)
+    _need(value % size == 0, path, value, f"a multiple of {of} ({size})")
+
+
+def _numbers(config: Config) -> None:
+    """The program holds numbers as float32 and as int32."""
+    for field in fields():
+        value = attrgetter(field.path)(config)
+        if type(value) is int and field.path not in WIDE:
+            _need(abs(value) < 2**31, field.path, value, "an integer below 2**31")
+        if field.hint in (float, float | None) and value:
+            holds = SMALLEST <= abs(value) <= LARGEST
+            _need(holds, field.path, value, f"0, or a size from {SMALLEST:.1e} to {LARGEST:.1e} (float32)")
+
+
+def _run(config: Config) -> None:
+    name, train = config.name, config.train
+    _need(name not in ("", "..") and PurePath(name).name == name, "name", name, "the name of a folder")
+    for path, choices in CHOICES.items():
+        value = attrgetter(path)(config)
+        _need(value in choices, path, value, "one of " + ", ".join(choices) if len(choices) > 1 else choices[0])
+    _at_least(config, 1, "train.steps", "train.batch_size", "train.accumulation", "train.nonfinite_limit")
+    _at_least(config, 0, "train.log_every", "train.eval_every", "train.checkpoint_every")
+    _need(0 <= train.seed < 2**32, "train.seed", train.seed, "an integer from 0 to 2**32 - 1")
+    _multiple(config, "train.batch_size", "train.accumulation")
+    if train.profile is not None:
+        steps = re.fullmatch(r"(\d+):(\d+)", train.profile)
+        holds = steps is not None and 1 <= int(steps[1]) <= int(steps[2])
+        _need(holds, "train.profile", train.profile, "FIRST:LAST, steps from 1, as 10:12")
+        takes = f"steps up to train.steps ({train.steps})"
+        _need(int(steps[2]) <= train.steps, "train.profile", train.profile, takes)
+
+
+def _optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    _positive(config, "optimizer.learning_rate", "optimizer.eps", "optimizer.clip_norm")
+    _not_negative(config, "optimizer.weight_decay")
+    _at_least(config, 0, "optimizer.warmup_steps")
+    if optimizer.decay_steps is not None:
+        holds = optimizer.decay_steps >= max(1, optimizer.warmup_steps)
+        takes = f"None, or an integer from optimizer.warmup_steps ({optimizer.warmup_steps}) up"
+        _need(holds, "optimizer.decay_steps", optimizer.decay_steps, takes)
+    fraction = optimizer.final_fraction
+    _need(0 <= fraction <= 1, "optimizer.final_fraction", fraction, "a number from 0 to 1")
+    _between(config, 0, 1, "optimizer.b1", "optimizer.b2")
+
+
+def _data(config: Config) -> None:
+    data = config.data
+    _at_least(config, 1, "data.sequence_length", "data.max_tokens", "data.eval_max_tokens")
+    if data.source == "docstrings":
+        for path in ("data.path", "data.name"):
+            value = attrgetter(path)(config)
+            _need(value is None, path, value, "None where data.source is docstrings; other text: tfds, files")
+    else:
+        what = {"tfds": "the folder of a prepared dataset", "files": "a glob of .jsonl or .txt files"}[data.source]
+        _need(bool(data.path), "data.path", data.path, f"{what}, as data.source is {data.source}")
+    ids = tokenizer_ids(data.tokenizer)
+    if ids is not None:
+        takes = f"at least {ids}, as data.tokenizer is {data.tokenizer}"
+        _need(config.model.vocab_size >= ids, "model.vocab_size", config.model.vocab_size, takes)
+
+
+def tokenizer_ids(tokenizer: str) -> int | None:
+    """Number of ids of the tokenizer that `data.tokenizer` names; None for a file, which must be opened to know."""
+    if tokenizer == "bytes":
+        return GPT2_FEWEST_IDS
+    if tokenizer == "gpt2":
+        return GPT2_IDS
+    if not tokenizer.startswith("gpt2:"):
+        takes = "gpt2, gpt2:N, bytes, or the path of a tokenizer.json"
+        _need(tokenizer.endswith(".json"), "data.tokenizer", tokenizer, takes)
+        return None
+    ids = tokenizer.removeprefix("gpt2:")
+    holds = ids.isdecimal() and GPT2_FEWEST_IDS <= int(ids) <= GPT2_IDS
+    _need(holds, "data.tokenizer", tokenizer, f"gpt2:N with N from {GPT2_FEWEST_IDS} to {GPT2_IDS}")
+    return int(ids)
+
+
+def _model(config: Config) -> None:
+    model = config.model
+    _at_least(config, 1, "model.layers", "model.d_model", "model.heads", "model.kv_heads", "model.head_dim")
+    _at_least(config, 1, "model.experts", "model.top_k", "model.d_ff", "model.vocab_size", "model.capacity_group")
+    _positive(config, "model.capacity_factor", "model.rope_theta", "model.norm_eps")
+    _not_negative(config, "model.load_balancing_coefficient", "model.router_z_coefficient")
+    _between(config, 0, 1, "model.expert_dropout")
+    holds = model.heads % model.n_kv_heads == 0
+    _need(holds, "model.kv_heads", model.kv_heads, f"a divisor of model.heads ({model.heads})")
+    if model.head_dim is None:
+        _multiple(config, "model.d_model", "model.heads")
+    path = "model.d_model / model.heads" if model.head_dim is None else "model.head_dim"
+    _need(model.head_size % 2 == 0, path, model.head_size, "an even number, as rotary positions turn pairs")
+    _need(model.top_k <= model.experts, "model.top_k", model.top_k, f"at most model.experts ({model.experts})")
+    if model.attention_kernel == "cudnn":
+        _need(model.dtype == "bfloat16", "model.dtype", model.dtype, "bfloat16 where model.attention_kernel is cudnn")
+
+
+def _mesh(config: Config) -> None:
+    mesh, model = config.mesh, config.model
+    _at_least(config, 1, "mesh.stage", "mesh.attention", "mesh.expert")
+    _need(mesh.stage == 1, "mesh.stage", mesh.stage, f"1 where layout is {config.layout}")
+    _multiple(config, "model.heads", "mesh.attention")
+    _multiple(config, "data.sequence_length", "mesh.attention")
+    _multiple(config, "model.experts", "mesh.expert")
+    kv_heads = model.n_kv_heads
+    holds = kv_heads % mesh.attention == 0 or mesh.attention % kv_heads == 0
+    _need(holds, "model.kv_heads", kv_heads, f"a multiple or a divisor of mesh.attention ({mesh.attention})")
+    holds = model.padded_vocab_size % mesh.attention == 0
+    takes = f"a size that, rounded up to 128s, mesh.attention ({mesh.attention}) divides"
+    _need(holds, "model.vocab_size", model.vocab_size, takes)
+    micro_batch = config.train.batch_size // config.train.accumulation
+    takes = f"a multiple of mesh.expert ({mesh.expert})"
+    _need(micro_batch % mesh.expert == 0, "train.batch_size / train.accumulation", micro_batch, takes)
+    if model.capacity_group is not None:
+        group, tokens = model.capacity_group, config.data.sequence_length // mesh.attention
+        holds = model.capacity_factor is not None
+        _need(holds, "model.capacity_group", group, "None where model.capacity_factor is None (nothing is dropped)")
+        takes = f"a divisor of data.sequence_length / mesh.attention ({tokens})"
+        _need(tokens % group == 0, "model.capacity_group", group, takes)
+    tokens = micro_batch // mesh.expert * (config.data.sequence_length // mesh.attention)
+    holds = tokens * model.top_k * model.experts < 2**31
+    takes = f"fewer: a device's {tokens} tokens x model.top_k x model.experts is 2**31 or more, too many to sort"
+    _need(holds, "train.batch_size / train.accumulation", micro_batch, takes)

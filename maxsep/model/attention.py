@@ -1,0 +1,134 @@
+"""Causal grouped-query attention, heads split by the layout's `h`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from maxsep.config import ModelConfig
+from maxsep.model.layers import normal, rotate
+from maxsep.parallel import collectives
+from maxsep.parallel.mesh import Layout
+
+# Without a fused kernel, queries come in at most MOST_BLOCKS blocks (each is compiled) of LEAST_QUERIES or more.
+LEAST_QUERIES, MOST_BLOCKS = 64, 16
+
+
+class Attention(nnx.Module):
+    """Projections and attention of all layers, stacked on the first dimension."""
+
+    def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, kernel: str, dtype):
+        L, D, H, K, Q = model.layers, model.d_model, model.heads, model.n_kv_heads, model.head_size
+        self.wq_ldhq = normal(rngs, layout, "ldhq", (L, D, H, Q), D**-0.5, dtype)
+        self.wk_ldkq = normal(rngs, layout, "ldkq", (L, D, K, Q), D**-0.5, dtype)
+        self.wv_ldkq = normal(rngs, layout, "ldkq", (L, D, K, Q), D**-0.5, dtype)
+        # Residual branches start small enough that 2 L of them add up to the scale of one (Radford et al. 2019).
+        self.wo_lhqd = normal(rngs, layout, "lhqd", (L, H, Q, D), (H * Q * 2 * L) ** -0.5, dtype)
+        self.layout, self.kernel, self.theta = layout, kernel, model.rope_theta
+        self.group = H // K  # query heads that share a key/value head
+
+    def __call__(self, x_bsd: jax.Array, segments_bs: jax.Array | None) -> jax.Array:
+        """[b, s, D] -> [b, s, D]. `segments_bs` [b, S] numbers documents; None: attend across them."""
+        axes, dtype = self.layout.axes("s"), x_bsd.dtype
+        x_bsd = collectives.gather(x_bsd, axes, dim=1)
+        wq, wo = self.wq_ldhq[...].astype(dtype), self.wo_lhqd[...].astype(dtype)
+        wk, wv = (self._own_heads(w[...]).astype(dtype) for w in (self.wk_ldkq, self.wv_ldkq))
+        q_bshq = rotate(jnp.einsum("bsd,dhq->bshq", x_bsd, wq), self.theta)
+        k_bskq = rotate(jnp.einsum("bsd,dkq->bskq", x_bsd, wk), self.theta)
+        v_bskq = jnp.einsum("bsd,dkq->bskq", x_bsd, wv)
+        attend = fused_attention if self.kernel == "cudnn" else blocked_attention
+        y_bshq = attend(q_bshq, k_bskq, v_bskq, segments_bs)
+        return collectives.reduce_scatter(jnp.einsum("bshq,hqd->bsd", y_bshq, wo), axes, dim=1)
+
+    def _own_heads(self, w_dkq: jax.Array) -> jax.Array:
+        """The key/value heads that this device's query heads need."""
+        if self.layout.ways("k") == self.layout.ways("h"):
+            return w_dkq
+        queries = self.wq_ldhq[...].shape[1]  # fewer than a group: they share one head
+        first = collectives.index(self.layout.axes("h")) * queries // self.group
+        return lax.dynamic_slice_in_dim(w_dkq, first, max(1, queries // self.group), axis=1)
+
+
+def fused_attention(q_bshq, k_bskq, v_bskq, segments_bs):
+    """cuDNN's flash attention (bfloat16 on an NVIDIA GPU)."""
+    mask = None
+    if segments_bs is not None:
+        mask = (segments_bs[:, :, None] == segments_bs[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q_bshq, k_bskq, v_bskq, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def blocked_attention(q_bshq, k_bskq, v_bskq, segments_bs):
+    """Exact attention by blocks of queries over the keys before them.
+
+    Only one block's scores exist at a time, and keys a block cannot see are not computed. The backward pass computes
+    the scores again from the saved log-sum-exp (FlashAttention-2, Dao 2023, algorithm 2), in float32 or wider.
+    """
+    b, s, h, q = q_bshq.shape
+    kv = k_bskq.shape[2]
+    # Heads first, so that every product is a batch of plain matrix products.
+    q_bkgsq = (q_bshq * q**-0.5).swapaxes(1, 2).reshape(b, kv, h // kv, s, q)
+    y_bkgsq = _blocked(q_bkgsq, k_bskq.swapaxes(1, 2), v_bskq.swapaxes(1, 2), segments_bs)
+    return y_bkgsq.reshape(b, h, s, q).swapaxes(1, 2)
+
+
+def _blocks(s: int) -> list[tuple[int, int]]:
+    size = max(LEAST_QUERIES, -(-s // MOST_BLOCKS))
+    return [(start, min(start + size, s)) for start in range(0, s, size)]
+
+
+def _scores(q_bkgiq, k_bkjq, segments_bs, start: int):
+    """Masked scores [b, k, g, i, j] of queries from `start` on over keys 0 to j."""
+    wide = jnp.promote_types(q_bkgiq.dtype, jnp.float32)
+    scores = jnp.einsum("bkgiq,bkjq->bkgij", q_bkgiq, k_bkjq, preferred_element_type=wide)
+    i, j = scores.shape[-2:]
+    visible = start + jnp.arange(i)[:, None] >= jnp.arange(j)
+    if segments_bs is not None:
+        same = segments_bs[:, start : start + i, None] == segments_bs[:, None, :j]
+        visible = (visible & same)[:, None, None]
+    return jnp.where(visible, scores, jnp.finfo(wide).min)
+
+
+def _forward(q, k, v, segments):
+    outputs, lses = [], []
+    for start, stop in _blocks(q.shape[3]):
+        scores = _scores(q[:, :, :, start:stop], k[:, :, :stop], segments, start)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        p = jnp.exp(scores - top)
+        norm = jnp.sum(p, axis=-1, keepdims=True)
+        y = jnp.einsum("bkgij,bkjq->bkgiq", p.astype(v.dtype), v[:, :, :stop], preferred_element_type=p.dtype)
+        outputs.append((y / norm).astype(q.dtype))
+        lses.append(top + jnp.log(norm))
+    return jnp.concatenate(outputs, axis=3), lses
+
+
+@jax.custom_vjp
+def _blocked(q, k, v, segments):
+    """Attention of scaled queries [b, k, g, s, q] over keys and values [b, k, s, q]."""
+    return _forward(q, k, v, segments)[0]
+
+
+def _blocked_fwd(q, k, v, segments):
+    y, lses = _forward(q, k, v, segments)
+    return y, (q, k, v, segments, y, lses)
+
+
+def _blocked_bwd(residuals, g):
+    q, k, v, segments, y, lses = residuals
+    wide = lses[0].dtype
+    row = jnp.sum(g.astype(wide) * y.astype(wide), axis=-1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros_like(k, wide), jnp.zeros_like(v, wide)
+    for (start, stop), lse in zip(_blocks(q.shape[3]), lses, strict=True):
+        q_i, g_i, row_i = (x[:, :, :, start:stop] for x in (q, g, row))
+        k_j, v_j = k[:, :, :stop], v[:, :, :stop]
+        p = jnp.exp(_scores(q_i, k_j, segments, start) - lse)
+        dp = jnp.einsum("bkgiq,bkjq->bkgij", g_i, v_j, preferred_element_type=wide)
+        ds = (p * (dp - row_i)).astype(q.dtype)
+        dq.append(jnp.einsum("bkgij,bkjq->bkgiq", ds, k_j))
+        dk = dk.at[:, :, :stop].add(jnp.einsum("bkgij,bkgiq->bkjq", ds, q_i, preferred_element_type=wide))
+        dv = dv.at[:, :, :stop].add(
+            jnp.einsum("bkgij,bkgiq->bkjq", p.astype(g.dtype), g_i, preferred_element_type=wide)
+        )
+    return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)

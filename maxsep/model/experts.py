@@ -1,0 +1,155 @@
+"""The experts: a gated (SwiGLU) or plain (GELU) two-layer network each, and their products over grouped tokens."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from maxsep.config import ModelConfig
+from maxsep.model.layers import normal
+from maxsep.parallel import collectives
+from maxsep.parallel.mesh import Layout
+
+BLOCK = 128  # rows of one product in the CPU's dropless path
+
+
+class Experts(nnx.Module):
+    """Weights of all experts of all layers, and what they compute. Called on one layer's slice, without the L."""
+
+    def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, dtype):
+        L, E, D, F = model.layers, model.experts, model.d_model, model.d_ff
+        self.w_in_ledf = normal(rngs, layout, "ledf", (L, E, D, F), D**-0.5, dtype)
+        if model.activation == "swiglu":
+            self.w_gate_ledf = normal(rngs, layout, "ledf", (L, E, D, F), D**-0.5, dtype)
+        self.w_out_lefd = normal(rngs, layout, "lefd", (L, E, F, D), (F * 2 * L) ** -0.5, dtype)
+        self.activation, self.platform = model.activation, layout.platform
+
+    def _weights(self, dtype) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        inputs = (self.w_gate_ledf, self.w_in_ledf) if self.activation == "swiglu" else (self.w_in_ledf,)
+        return tuple(w[...].astype(dtype) for w in inputs), self.w_out_lefd[...].astype(dtype)
+
+    @jax.named_scope("experts")
+    def padded(self, x_ecd: jax.Array) -> jax.Array:
+        """[E, C, D] -> [E, C, D]: as many rows for each of this device's experts."""
+        inputs, w_out = self._weights(x_ecd.dtype)
+        h = _activate(self.activation, *(jnp.einsum("ecd,edf->ecf", x_ecd, w) for w in inputs))
+        return jnp.einsum("ecf,efd->ecd", h, w_out)
+
+    @jax.named_scope("experts")
+    def grouped(self, x_rd: jax.Array, rows_e: jax.Array) -> jax.Array:
+        """[R, D] -> [R, D]: rows sorted by expert, `rows_e` (int32) of them for each of this device's experts.
+
+        Rows after the last expert's are padding and come back as anything finite. XLA's ragged product computes every
+        expert on every row on CPU, so there the rows are taken in blocks, and only as many as there are.
+        """
+        inputs, w_out = self._weights(x_rd.dtype)
+        if self.platform == "cpu":
+            return _blocked(self.activation, x_rd, rows_e, inputs, w_out)
+        h = _activate(self.activation, *(lax.ragged_dot(x_rd, w, rows_e) for w in inputs))
+        return lax.ragged_dot(h, w_out, rows_e)
+
+
+def _activate(activation: str, *hidden: jax.Array) -> jax.Array:
+    if activation == "swiglu":
+        gate, up = hidden
+        return jax.nn.silu(gate) * up
+    return _gelu(*hidden)
+
+
+@jax.custom_jvp
+def _gelu(x: jax.Array) -> jax.Array:
+    """x × the normal distribution's cumulative function (Hendrycks and Gimpel 2016), exact."""
+    return x * _normal_cdf(x)
+
+
+@_gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    # JAX 0.12 cannot differentiate erfc inside `shard_map`.
+    (x,), (dx,) = primals, tangents
+    cdf = _normal_cdf(x)
+    return x * cdf, dx * (cdf + x * jnp.exp(-jnp.square(x) / 2) * (2 * math.pi) ** -0.5)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return lax.erfc(-x * 0.5**0.5) / 2
+
+
+def _plan(rows_e: jax.Array):
+    """First row of each expert, and its number of blocks."""
+    return jnp.cumsum(rows_e) - rows_e, (rows_e + BLOCK - 1) // BLOCK
+
+
+def _pad(x_rd: jax.Array) -> jax.Array:
+    return jnp.pad(x_rd, ((0, BLOCK), (0, 0)))  # the last expert's last block may reach past the end
+
+
+def _rows(x_rd: jax.Array, start: jax.Array) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x_rd, start, BLOCK)
+
+
+def _put(x_rd: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x_rd, rows, start, axis=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(activation, x_rd, rows_e, inputs, w_out):
+    return _blocked_fwd(activation, x_rd, rows_e, inputs, w_out)[0]
+
+
+def _blocked_fwd(activation, x_rd, rows_e, inputs, w_out):
+    """One expert after the other, each in blocks of rows.
+
+    A last block runs into the next expert's rows; that expert overwrites them in turn.
+    """
+    x = _pad(x_rd)
+    starts, blocks = _plan(rows_e)
+    hidden = tuple(collectives.vary(jnp.zeros((x.shape[0], w.shape[-1]), x.dtype)) for w in inputs)
+
+    def expert(carry, per_expert):
+        start, n, w_in, w_o = per_expert
+
+        def block(i, carry):
+            y, hidden = carry
+            at = start + i * BLOCK
+            row = _rows(x, at)
+            h = tuple(row @ w for w in w_in)
+            return _put(y, _activate(activation, *h) @ w_o, at), tuple(map(lambda b, v: _put(b, v, at), hidden, h))
+
+        return lax.fori_loop(0, n, block, carry), None
+
+    (y, hidden), _ = lax.scan(expert, (jnp.zeros_like(x), hidden), (starts, blocks, inputs, w_out))
+    return y[: x_rd.shape[0]], (x_rd, rows_e, inputs, w_out, hidden)
+
+
+def _blocked_bwd(activation, residuals, g_rd):
+    x_rd, rows_e, inputs, w_out, hidden = residuals
+    x, g = _pad(x_rd), _pad(g_rd)
+    starts, blocks = _plan(rows_e)
+
+    def expert(dx, per_expert):
+        start, rows, n, w_in, w_o = per_expert
+
+        def block(i, carry):
+            dx, dw_in, dw_o = carry
+            at = start + i * BLOCK
+            own = (i * BLOCK + jnp.arange(BLOCK) < rows)[:, None]  # the next expert's rows are not this one's gradient
+            row, g_row = _rows(x, at), jnp.where(own, _rows(g, at), 0)
+            act, pull = jax.vjp(functools.partial(_activate, activation), *(_rows(h, at) for h in hidden))
+            dh = pull(g_row @ w_o.T)
+            dw_in = tuple(dw + row.T @ d for dw, d in zip(dw_in, dh, strict=True))
+            return _put(dx, sum(d @ w.T for d, w in zip(dh, w_in, strict=True)), at), dw_in, dw_o + act.T @ g_row
+
+        zeros = jax.tree.map(jnp.zeros_like, (w_in, w_o))
+        dx, dw_in, dw_o = lax.fori_loop(0, n, block, (dx, *zeros))
+        return dx, (dw_in, dw_o)
+
+    dx, (dw_in, dw_out) = lax.scan(expert, jnp.zeros_like(x), (starts, rows_e, blocks, inputs, w_out))
+    # Rows after the last expert's are padding, whose gradient is nothing.
+    used = jnp.arange(x_rd.shape[0])[:, None] < jnp.sum(rows_e)
+    return jnp.where(used, dx[: x_rd.shape[0]], 0), None, dw_in, dw_out
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)

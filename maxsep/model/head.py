@@ -1,0 +1,90 @@
+"""The output head and its loss, fused: no copy of the logits outlives a block of positions."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from maxsep.parallel import collectives
+from maxsep.parallel.collectives import Axes
+
+# Logits that one device holds at a time, about; more where that would make too many blocks, each of which is compiled.
+BLOCK_LOGITS, MOST_BLOCKS = 8 * 2**20, 16
+
+
+def cross_entropy(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, ids: int, axes: Axes):
+    """This device's share of the summed next-token cross-entropy (nats, float32 or wider).
+
+    `x_td` [T, D] are the tokens of whole sequences, the same on every device along `axes`, over which the rows of
+    `table_vd` are split; each of those devices returns an equal share of the sum. Targets of -1 count nothing. Rows
+    from `ids` on have no probability: padding, or ids that the tokenizer does not have.
+    """
+    return _loss(ids, axes, x_td, table_vd, targets_t)
+
+
+def logits(x_td: jax.Array, table_vd: jax.Array, ids: int, axes: Axes) -> jax.Array:
+    """Logits [T, v] of this device's rows, float32 or wider; minus infinity from `ids` on."""
+    wide = jnp.promote_types(x_td.dtype, jnp.float32)
+    scores = jnp.einsum("td,vd->tv", x_td, table_vd, preferred_element_type=wide)
+    rows = table_vd.shape[0]
+    if rows * collectives.size(axes) == ids:  # a pass over the logits saved
+        return scores
+    return jnp.where(_first_id(rows, axes) + jnp.arange(rows) < ids, scores, -jnp.inf)
+
+
+def _first_id(rows: int, axes: Axes) -> jax.Array | int:
+    return collectives.index(axes) * rows
+
+
+def _blocks(x_td: jax.Array, rows: int) -> list[slice]:
+    tokens = x_td.shape[0]
+    count = min(tokens, MOST_BLOCKS, -(-tokens * rows // BLOCK_LOGITS))
+    edges = [tokens * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def _block(ids, axes, x_td, table_vd, targets_t):
+    """Summed loss of one block of tokens, and its gradient by the logits [T, v]."""
+    scores = logits(x_td, table_vd, ids, axes)
+    top = collectives.largest(jnp.max(scores, axis=-1, keepdims=True), axes)
+    exp = jnp.exp(scores - top)
+    norm = collectives.total(jnp.sum(exp, axis=-1, keepdims=True), axes)
+
+    rows, counted = table_vd.shape[0], (targets_t >= 0)[:, None]
+    local = targets_t[:, None] - _first_id(rows, axes)
+    score = jnp.take_along_axis(scores, jnp.clip(local, 0, rows - 1), axis=-1)
+    score = collectives.total(jnp.where((local >= 0) & (local < rows), score, 0), axes)
+    loss = jnp.sum(jnp.where(counted, jnp.log(norm) + top - score, 0))
+    # A target of -1 is no id, so nothing is subtracted from its row of zeros. On another device it might look like one.
+    is_target = jnp.where(counted, local, -1) == jnp.arange(rows)
+    return loss, exp * jnp.where(counted, 1 / norm, 0) - is_target
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(ids, axes, x_td, table_vd, targets_t):
+    table = table_vd.astype(x_td.dtype)
+    parts = (_block(ids, axes, x_td[at], table, targets_t[at])[0] for at in _blocks(x_td, table.shape[0]))
+    return collectives.vary(sum(parts) / collectives.size(axes))
+
+
+def _loss_fwd(ids, axes, x_td, table_vd, targets_t):
+    """The gradient is made with the loss, block by block: nothing is computed twice, and no logits are kept."""
+    table = table_vd.astype(x_td.dtype)
+    loss, dxs, dtable = 0.0, [], jnp.zeros_like(table_vd)
+    for at in _blocks(x_td, table.shape[0]):
+        x = x_td[at]
+        nll, d = _block(ids, axes, x, table, targets_t[at])
+        d = d.astype(x.dtype)
+        dxs.append(jnp.einsum("tv,vd->td", d, table))
+        dtable += jnp.einsum("tv,td->vd", d, x, preferred_element_type=dtable.dtype)
+        loss += nll
+    return collectives.vary(loss / collectives.size(axes)), (jnp.concatenate(dxs), dtable)
+
+
+def _loss_bwd(ids, axes, residuals, g):
+    dx, dtable = residuals
+    return (g * dx).astype(dx.dtype), g * dtable, None
+
+
+_loss.defvjp(_loss_fwd, _loss_bwd)

@@ -1,0 +1,58 @@
+"""Parameters, and the small layers: norm, rotary positions, embedding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxsep.parallel import collectives
+from maxsep.parallel.mesh import Layout
+
+
+def normal(rngs: nnx.Rngs, layout: Layout, letters: str, shape: tuple[int, ...], std: float, dtype) -> nnx.Param:
+    """Normally distributed parameter, drawn straight into its sharding; on any mesh the same but for rounding."""
+    draw = jax.random.normal(rngs.params(), shape, dtype, out_sharding=layout.spec(letters))
+    return nnx.Param(draw * jnp.asarray(std, dtype))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation (Zhang and Sennrich 2019, equation 4) with a learned scale, in float32 or wider.
+
+    `stack` leading dimensions hold one scale for each layer.
+    """
+
+    def __init__(self, stack: tuple[int, ...], d_model: int, eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones((*stack, d_model), dtype))
+        self.eps = eps
+
+    def __call__(self, x_bsd: jax.Array) -> jax.Array:
+        wide = x_bsd.astype(self.scale[...].dtype)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(x_bsd.dtype)
+
+
+def rotate(x_bshq: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions (Su et al. 2021), halves of a head paired as in GPT-NeoX, positions 0 to S - 1."""
+    half = x_bshq.shape[-1] // 2
+    wide = jnp.promote_types(x_bshq.dtype, jnp.float32)
+    frequency = jnp.asarray(theta, wide) ** (-jnp.arange(half, dtype=wide) / half)
+    angle_s1q = jnp.arange(x_bshq.shape[1], dtype=wide)[:, None, None] * frequency
+    cos, sin = jnp.cos(angle_s1q), jnp.sin(angle_s1q)
+    first, second = jnp.split(x_bshq.astype(wide), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_bshq.dtype)
+
+
+class Embedding(nnx.Module):
+    """A row of `table_vd` for each token id. The layout's `v` splits the rows, its `s` the result's sequence."""
+
+    def __init__(self, rngs: nnx.Rngs, layout: Layout, rows: int, d_model: int, dtype):
+        self.table_vd = normal(rngs, layout, "vd", (rows, d_model), 0.02, dtype)
+        self.layout = layout
+
+    def __call__(self, tokens_bs: jax.Array, dtype) -> jax.Array:
+        """Ids [b, S] of whole sequences -> [b, s, D] in `dtype`."""
+        table = self.table_vd[...]
+        local = tokens_bs - collectives.index(self.layout.axes("v")) * table.shape[0]
+        here = (local >= 0) & (local < table.shape[0])
+        # A device adds zeros for rows it does not hold, so the sum is exact in any dtype.
+        rows = jnp.where(here[..., None], table.at[jnp.where(here, local, 0)].get(mode="clip"), 0).astype(dtype)
+        return collectives.reduce_scatter(rows, self.layout.axes("s"), dim=1)

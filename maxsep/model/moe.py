@@ -1,0 +1,69 @@
+"""The Mixture-of-Experts layer: router, dispatch, experts, weighted sum."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxsep.config import ModelConfig
+from maxsep.config.layouts import AXES
+from maxsep.model import dispatch
+from maxsep.model.experts import Experts
+from maxsep.model.router import Router
+from maxsep.parallel import collectives
+from maxsep.parallel.mesh import Layout
+
+
+class MoEStats(NamedTuple):
+    """What one layer reports, over all devices and the tokens of one micro-batch."""
+
+    load_balancing: jax.Array  # 1 when balanced; unscaled
+    router_z: jax.Array  # unscaled
+    load_e: jax.Array  # int32, choices of each expert
+    dropped: jax.Array  # int32, choices without a place
+
+
+class MoE(nnx.Module):
+    """Weights of all layers; called on one layer's slice."""
+
+    def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, dtype):
+        self.router = Router(rngs, layout, model.layers, model.d_model, model.experts, model.top_k, dtype)
+        self.experts = Experts(rngs, layout, model, dtype)
+        self.layout, self.model = layout, model
+
+    def __call__(self, x_bsd: jax.Array, token_bs: jax.Array, dropout_key: jax.Array | None):
+        """[b, s, D] -> [b, s, D] and `MoEStats`.
+
+        `token_bs` numbers this device's tokens in the global batch, for `dropout_key`'s masks; no key, no dropout.
+        """
+        model = self.model
+        x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
+        with jax.named_scope("router"):
+            routing = self.router(x_td)
+        with jax.named_scope("dispatch"):
+            axes = self.layout.axes("e")
+            if model.capacity_factor is None:
+                y_tnd, dropped = dispatch.dropless(x_td, routing.ids_tn, self.experts, model.experts, axes)
+            else:
+                y_tnd, dropped = dispatch.with_capacity(
+                    x_td, routing.ids_tn, self.experts, model.experts, axes, model.capacity_factor, model.capacity_group
+                )
+            if dropout_key is not None:
+                y_tnd *= _dropout_mask(
+                    dropout_key, token_bs.ravel(), y_tnd.shape[1:], model.expert_dropout, y_tnd.dtype
+                )
+            y_td = jnp.einsum("tn,tnd->td", routing.weights_tn.astype(y_tnd.dtype), y_tnd)
+        stats = MoEStats(
+            jax.lax.psum(routing.load_balancing, AXES),
+            jax.lax.psum(routing.router_z, AXES),
+            routing.load_e,
+            jax.lax.psum(collectives.vary(dropped), AXES),
+        )
+        return y_td.reshape(x_bsd.shape), stats
+
+
+def _dropout_mask(key: jax.Array, token_t: jax.Array, shape: tuple[int, ...], rate: float, dtype) -> jax.Array:
+    """Inverted dropout [T, N, D]: a function of the key and the token's global number, whatever device holds it."""
+    keep = jax.vmap(lambda token: jax.random.bernoulli(jax.random.fold_in(key, token), 1 - rate, shape))(token_t)
+    return keep.astype(dtype) / (1 - rate)

@@ -1,0 +1,51 @@
+"""The router: which experts each token goes to, with which weights, and how evenly."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from maxsep.config.layouts import AXES
+from maxsep.model.layers import normal
+from maxsep.parallel import collectives
+from maxsep.parallel.mesh import Layout
+
+
+class Routing(NamedTuple):
+    """What the router decides for one device's tokens."""
+
+    ids_tn: jax.Array  # int32, the chosen experts, best first; equal scores go to the lower id
+    weights_tn: jax.Array  # float32 or wider, softmax over the chosen scores: they sum to 1
+    # float32 or wider; this device's share of the loss, to be summed over devices.
+    load_balancing: jax.Array
+    router_z: jax.Array
+    load_e: jax.Array  # int32, tokens that chose each expert, over all devices
+
+
+class Router(nnx.Module):
+    """Linear scores in float32 or wider, top-k, softmax over the chosen."""
+
+    def __init__(self, rngs: nnx.Rngs, layout: Layout, layers: int, d_model: int, experts: int, top_k: int, dtype):
+        self.w_lde = normal(rngs, layout, "ld-", (layers, d_model, experts), d_model**-0.5, dtype)
+        self.top_k = top_k
+
+    def __call__(self, x_td: jax.Array) -> Routing:
+        w_de = self.w_lde[...]
+        experts = w_de.shape[-1]
+        # Reduced precision here would flip choices; the product is small.
+        scores_te = jnp.dot(x_td.astype(w_de.dtype), w_de, precision=lax.Precision.HIGHEST)
+        top_tn, ids_tn = lax.top_k(scores_te, self.top_k)
+        load_e = jnp.sum(ids_tn[..., None] == jnp.arange(experts), axis=(0, 1), dtype=jnp.int32)
+        load_e = lax.psum(load_e, AXES)
+        tokens = x_td.shape[0] * collectives.size(AXES)
+        # Switch Transformer (Fedus et al. 2021), equation 4, with the choices of all tokens of the micro-batch:
+        # experts × Σ share of choices × mean probability, 1 when balanced. Gradients flow through the probabilities.
+        share_e = load_e.astype(scores_te.dtype) / (tokens * self.top_k)
+        mean_e = jnp.sum(jax.nn.softmax(scores_te, axis=-1), axis=0) / tokens
+        # ST-MoE (Zoph et al. 2022), equation 5.
+        z_t = jnp.square(jax.nn.logsumexp(scores_te, axis=-1))
+        return Routing(
+            ids_tn, jax.nn.softmax(top_tn, axis=-1), experts * jnp.dot(share_e, mean_e), jnp.sum(z_t) / tokens, load_e
+        )

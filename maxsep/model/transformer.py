@@ -1,0 +1,150 @@
+"""The transformer: embedding, blocks of attention and MoE, output head.
+
+The modules hold the parameters, as plain Flax NNX pytrees, layers stacked on the first dimension. Calls happen inside
+the train step's `jax.shard_map`: arrays are one device's part, and what is sent is sent by `collectives`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from maxsep.config import ConfigError, ModelConfig
+from maxsep.config.layouts import AXES
+from maxsep.model import head
+from maxsep.model.attention import Attention
+from maxsep.model.layers import Embedding, RMSNorm, normal
+from maxsep.model.moe import MoE, MoEStats
+from maxsep.parallel import collectives
+from maxsep.parallel.mesh import Layout
+
+REMAT_POLICIES = {
+    "full": None,  # keep a block's input alone
+    "dots": jax.checkpoint_policies.dots_saveable,
+}
+
+
+class Block(nnx.Module):
+    """Attention and MoE, each after a norm and added to what came in."""
+
+    def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, kernel: str, dtype):
+        self.attention_norm = RMSNorm((model.layers,), model.d_model, model.norm_eps, dtype)
+        self.attention = Attention(rngs, layout, model, kernel, dtype)
+        self.moe_norm = RMSNorm((model.layers,), model.d_model, model.norm_eps, dtype)
+        self.moe = MoE(rngs, layout, model, dtype)
+
+    def __call__(self, x_bsd, segments_bs, token_bs, dropout_key):
+        with jax.named_scope("attention"):
+            x_bsd += self.attention(self.attention_norm(x_bsd), segments_bs)
+        with jax.named_scope("moe"):
+            y_bsd, stats = self.moe(self.moe_norm(x_bsd), token_bs, dropout_key)
+        return x_bsd + y_bsd, stats
+
+
+class Losses(NamedTuple):
+    """Sums and means of one micro-batch over all devices."""
+
+    cross_entropy: jax.Array  # sum over targets, nats
+    stats: MoEStats  # with a leading layer dimension
+
+
+class Transformer(nnx.Module):
+    """Parameters in float32 (float64 for a float64 run), computation in `model.dtype`.
+
+    Only the first `ids` ids have a probability.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, model: ModelConfig, layout: Layout, ids: int):
+        dtype = jnp.promote_types(model.dtype, jnp.float32)
+        kernel = attention_kernel(model, layout.platform)
+        self.embedding = Embedding(rngs, layout, model.padded_vocab_size, model.d_model, dtype)
+        self.blocks = Block(rngs, layout, model, kernel, dtype)
+        self.final_norm = RMSNorm((), model.d_model, model.norm_eps, dtype)
+        if not model.tied_embedding:
+            rows = (model.padded_vocab_size, model.d_model)
+            self.head_vd = normal(rngs, layout, "vd", rows, model.d_model**-0.5, dtype)
+        self.layout, self.model, self.ids = layout, model, ids
+
+    def hidden(self, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None):
+        """Ids [b, S] -> final hidden states [b, S, D] of whole sequences, and every layer's `MoEStats`.
+
+        `first_row` is the micro-batch's first sequence's place in the global batch. With `end_of_text` (an id) tokens
+        attend within their document only.
+        """
+        model, layout = self.model, self.layout
+        b, s = tokens_bs.shape
+        segments_bs = None
+        if end_of_text is not None:
+            ends = (tokens_bs == end_of_text).astype(jnp.int32)
+            segments_bs = jnp.cumsum(ends, axis=1) - ends  # an end of text belongs to the document it ends
+        local_s = s // layout.ways("s")
+        row_b = first_row + collectives.index(layout.axes("b")) * b + jnp.arange(b)
+        column_s = collectives.index(layout.axes("s")) * local_s + jnp.arange(local_s)
+        token_bs = collectives.vary(row_b[:, None] * s + column_s)
+
+        with jax.named_scope("embedding"):
+            x_bsd = self.embedding(tokens_bs, model.dtype)
+
+        def block(x_bsd, layer):
+            block, number = layer
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+            return block(x_bsd, segments_bs, token_bs, key)
+
+        if model.remat != "none":
+            block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=not model.scan_layers)
+        numbers = jnp.arange(model.layers)
+        if model.scan_layers:
+            x_bsd, stats = lax.scan(block, x_bsd, (self.blocks, numbers))
+        else:
+            layers = []
+            for number, one in enumerate(unstack(self.blocks, model.layers)):
+                x_bsd, layer_stats = block(x_bsd, (one, number))
+                layers.append(layer_stats)
+            stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        with jax.named_scope("head"):
+            return collectives.gather(self.final_norm(x_bsd), layout.axes("s"), dim=1), stats
+
+    def losses(self, batch_bt: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None) -> Losses:
+        """Records [b, S + 1] of ids, -1 for padding -> `Losses`."""
+        tokens_bs, targets_bs = jnp.maximum(batch_bt[:, :-1], 0), batch_bt[:, 1:]
+        x_bsd, stats = self.hidden(tokens_bs, first_row, dropout_key, end_of_text)
+        table = self.embedding.table_vd if self.model.tied_embedding else self.head_vd
+        with jax.named_scope("head"):
+            axes = self.layout.axes("v")
+            x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
+            nll = head.cross_entropy(x_td, table[...], targets_bs.ravel(), self.ids, axes)
+            return Losses(lax.psum(nll, AXES), stats)
+
+
+def unstack(tree, layers: int) -> list:
+    """Each layer's slice of stacked parameters; the gradient is one concatenation, not a sum of padded slices."""
+    leaves, treedef = jax.tree.flatten(tree)
+    parts = [lax.split(leaf, [1] * layers, axis=0) for leaf in leaves]
+    return [treedef.unflatten(part[layer].squeeze(0) for part in parts) for layer in range(layers)]
+
+
+def attention_kernel(model: ModelConfig, platform: str) -> str:
+    """What `model.attention_kernel` means on `platform`: with `auto`, cuDNN's kernel where it can run, else XLA.
+
+    Raises:
+        ConfigError: cudnn is asked for where it cannot run.
+    """
+    if model.attention_kernel == "xla":
+        return "xla"
+    # cuDNN's flash attention takes 16-bit numbers, and heads of multiples of 8 up to 128 on every GPU since Ampere.
+    obstacle = None
+    if platform not in ("gpu", "cuda"):
+        obstacle = f"this machine's backend is {platform}"
+    elif jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8:
+        obstacle = f"this machine has {jax.devices()[0].device_kind}, older than Ampere"
+    elif model.dtype != "bfloat16":
+        obstacle = f"model.dtype is {model.dtype}"
+    elif model.head_size % 8 or model.head_size > 128:
+        obstacle = f"heads have size {model.head_size}, no multiple of 8 up to 128"
+    if obstacle is None:
+        return "cudnn"
+    if model.attention_kernel == "cudnn":
+        raise ConfigError(f"model.attention_kernel: got cudnn, but {obstacle}; takes xla or auto")
+    return "xla"

@@ -1,0 +1,163 @@
+"""A run's folder: what lies in it, whether a run may start there, and what of its config may change when it goes on.
+
+config.json      the resolved config, and what the run depended on beside it
+checkpoints/     maxsep/output/checkpoint.py
+metrics.jsonl, tensorboard/    maxsep/output/metrics.py
+summary.json     the result, at the end
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from operator import attrgetter
+from pathlib import Path
+
+from maxsep.config import Config, ConfigError, fields, from_config_dict, paths
+from maxsep.output.durable import write_json
+
+# What may change when a run goes on: what changes its result by rounding at most, or only how long it runs and what it
+# tells. Everything else is part of what the run means. A name ending in a dot stands for all fields of its section.
+RESUME_MAY_CHANGE = (
+    "name",
+    "layout",
+    "mesh.",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.profile",
+    "train.nonfinite_limit",
+    "train.deterministic",
+    "optimizer.zero1",
+    # Where the corpus lies. Its fingerprint must stay.
+    "data.path",
+    "data.name",
+    "data.cache",
+    "model.remat",
+    "model.scan_layers",
+    "model.attention_kernel",
+)
+
+CHECKPOINTS = "checkpoints"  # a step's folder in it appears when the step is saved whole
+
+PACKAGES = ("maxsep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+
+def check_start(folder: Path, config: Config, training: bool) -> None:
+    """Refuses, before anything slow, a run that cannot start: without JAX, and without its corpus.
+
+    Raises:
+        ConfigError: the run in `folder` may not go on with `config`, there is no checkpoint to evaluate
+            (not `training`), or `train.init_from` has none.
+    """
+    saved = has_checkpoint(folder)
+    if not training and not saved:
+        raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
+    if saved or (folder / "config.json").exists():
+        check_resume(folder, config)
+    if not saved:
+        init_checkpoints(config)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run in `folder` has saved a step."""
+    directory = paths.named("--workdir", str(folder / CHECKPOINTS))
+    return directory.is_dir() and any(entry.name.isdigit() for entry in directory.iterdir())
+
+
+def init_checkpoints(config: Config) -> Path | None:
+    """The folder of checkpoints that `train.init_from` names.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if config.train.init_from is None:
+        return None
+    source = paths.named("train.init_from", config.train.init_from).resolve()
+    if not has_checkpoint(source):
+        raise ConfigError(f"train.init_from: got {source}, which has no checkpoint; takes the folder of a run")
+    return source / CHECKPOINTS
+
+
+def resolve(config: Config, stored: Config | None = None) -> Config:
+    """`config` with what depends on the run's first start filled in; `stored`: that of the run that goes on."""
+    if config.optimizer.decay_steps is not None:
+        return config
+    # A run that ends before its warm-up has a schedule too, if it goes on.
+    new = max(config.train.steps, config.optimizer.warmup_steps)
+    steps = new if stored is None else stored.optimizer.decay_steps
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decay_steps=steps))
+
+
+def check_resume(workdir: Path, config: Config, corpus_fingerprint: str | None = None) -> Config:
+    """`config` resolved, if the run in `workdir` may go on with it.
+
+    Args:
+        workdir: folder of a run that has a `config.json`.
+        config: what is asked for.
+        corpus_fingerprint: that of the corpus that `config` names; None: not known yet, and not compared.
+
+    Raises:
+        ConfigError: a field differs that may not, or the corpus does, or `config.json` cannot be read.
+    """
+    stored, record = read_config(workdir)
+    config = resolve(config, stored)
+    sections = tuple(name for name in RESUME_MAY_CHANGE if name.endswith("."))
+    for field in fields():
+        old, new = attrgetter(field.path)(stored), attrgetter(field.path)(config)
+        if old != new and field.path not in RESUME_MAY_CHANGE and not field.path.startswith(sections):
+            raise ConfigError(f"{field.path}: got {new!r}; the run in {workdir} has {old!r}, which may not change")
+    if corpus_fingerprint not in (None, record["corpus"]):
+        why = " (it follows the installed packages' versions)" if config.data.source == "docstrings" else ""
+        raise ConfigError(
+            f"data.source: got another corpus{why} than the run in {workdir} was started with, which may not change"
+        )
+    return config
+
+
+def write_config(workdir: Path, config: Config, corpus_fingerprint: str) -> None:
+    """Writes `config.json`: `config`, which `resolve` has completed, and what else the result depends on."""
+    import jax  # here, as the checks above are made before JAX starts
+
+    devices = jax.devices()
+    record = {
+        "config": dataclasses.asdict(config),
+        "corpus": corpus_fingerprint,
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+    }
+    write_json(workdir / "config.json", record)
+
+
+def read_config(workdir: Path) -> tuple[Config, dict]:
+    """The config of the run in `workdir`, and all of its `config.json`.
+
+    Raises:
+        ConfigError: it is missing, no JSON, or of another version of the schema.
+    """
+    path = workdir / "config.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return from_config_dict(record["config"]), record
+    except FileNotFoundError:
+        raise ConfigError(f"--workdir: {workdir} has no config.json; takes the folder of a run") from None
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"--workdir: {path} cannot be read: {type(e).__name__}: {e}") from e
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that the package runs from, with -dirty where files differ; None outside of one."""
+    if not (paths.REPOSITORY / ".git").exists():
+        return None
+    command = ["git", "-C", str(paths.REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,60 @@
+"""Communication between devices, inside the train step's one `jax.shard_map`.
+
+What layers exchange goes through these functions; losses, counts and gradients are added up with `lax.psum`. Each takes
+the mesh axes from the layout and does nothing where those have size 1, so the same model runs on one device. Arrays are
+what one device holds.
+"""
+
+import math
+
+import jax
+from jax import lax
+
+from maxsep.config.layouts import AXES
+
+Axes = tuple[str, ...]
+
+
+def size(axes: Axes) -> int:
+    """Number of devices along `axes`."""
+    return math.prod(lax.axis_size(axis) for axis in axes)
+
+
+def vary(tree):
+    """Mark arrays as differing between devices, so that gradients stay where they arise until they are reduced."""
+
+    def mark(x):
+        axes = tuple(axis for axis in AXES if axis not in jax.typeof(x).manual_axis_type.varying)
+        return lax.pcast(x, axes, to="varying") if axes else x
+
+    return jax.tree.map(mark, tree)
+
+
+def gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """The whole of dimension `dim` from its parts on the devices along `axes`; the gradient is a reduce-scatter."""
+    return x if size(axes) == 1 else lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """Sum over the devices along `axes`, of which each keeps its part of dimension `dim`; the gradient is a gather."""
+    return x if size(axes) == 1 else lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+
+def exchange(x: jax.Array, axes: Axes, split: int, concat: int) -> jax.Array:
+    """All-to-all: part i of dimension `split` goes to device i along `axes`, what arrives is joined on `concat`."""
+    return x if size(axes) == 1 else lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True)
+
+
+def total(x: jax.Array, axes: Axes) -> jax.Array:
+    """Sum over the devices along `axes`, on which the result is then the same."""
+    return lax.psum(x, axes) if axes else x
+
+
+def largest(x: jax.Array, axes: Axes) -> jax.Array:
+    """Maximum over the devices along `axes`; not differentiable."""
+    return x if size(axes) == 1 else lax.pmax(x, axes)
+
+
+def index(axes: Axes) -> jax.Array | int:
+    """This device's position along `axes`."""
+    return 0 if size(axes) == 1 else lax.axis_index(axes)

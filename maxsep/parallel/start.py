@@ -1,0 +1,133 @@
+"""What has to be settled before JAX starts its backend: devices, compiler flags, caches, and whether the run fits.
+
+JAX is imported inside the functions, after the environment is set.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+
+from maxsep.config import Config, ConfigError, MeshConfig
+from maxsep.config.validate import validate
+
+
+def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
+    """Starts JAX for `config` and checks that the machine can run it.
+
+    Without accelerators the mesh's devices are simulated on the CPU.
+
+    Args:
+        config: a validated config.
+        fit_mesh: fit the mesh to the accelerators there are, instead of refusing when they are too few.
+        training: gradients and the optimizer's moments are needed beside the weights.
+
+    Returns:
+        The config, its mesh fitted where that was asked for.
+
+    Raises:
+        ConfigError: too few devices, or too little memory for the model's state.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
+    # Simulated devices share the cores: one may wait minutes for the others. XLA's limit would kill the run.
+    _xla_flag("--xla_cpu_collective_call_terminate_timeout_seconds=600")
+    if config.train.deterministic:
+        _xla_flag("--xla_gpu_deterministic_ops=true")
+
+    import jax
+
+    jax.config.update("jax_enable_x64", config.model.dtype == "float64")
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", config.mesh.devices)
+    _cache_programs()
+
+    from maxsep.parallel.mesh import describe
+
+    devices = jax.devices()
+    if devices[0].platform != "cpu" and fit_mesh:
+        config = fitted(config, len(devices))
+        print(f"mesh fitted to {describe(devices)}: {_shape(config.mesh)}", flush=True)
+    if config.mesh.devices > len(devices):
+        raise ConfigError(
+            f"mesh.attention x mesh.expert: got {_shape(config.mesh)} = {config.mesh.devices} devices; "
+            f"takes at most {describe(devices)}"
+        )
+    if config.mesh.devices < len(devices):
+        print(f"using the first {config.mesh.devices} of {describe(devices)}", flush=True)
+    _check_memory(config, devices[: config.mesh.devices], training)
+    return config
+
+
+def fitted(config: Config, devices: int) -> Config:
+    """`config` on the squarest mesh of at most `devices` devices, as many as possible, that divides what it splits."""
+    for count in range(devices, 0, -1):
+        for attention in range(math.isqrt(count), 0, -1):
+            if count % attention == 0:
+                mesh = MeshConfig(attention=attention, expert=count // attention)
+                candidate = dataclasses.replace(config, mesh=mesh)
+                try:
+                    validate(candidate)
+                except ConfigError:
+                    continue
+                return candidate
+    raise AssertionError("a mesh of one device fits every valid config")
+
+
+def _shape(mesh: MeshConfig) -> str:
+    return f"{mesh.attention} x {mesh.expert}"
+
+
+def _xla_flag(flag: str) -> None:
+    """Adds a flag, unless the user has set it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+
+
+def _cache_programs() -> None:
+    """XLA's compiled programs are kept in the user's cache folder, so that the next run starts in seconds."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # JAX reads it itself; empty means no cache
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxsep" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as e:
+        print(f"warning: no compilation cache in {folder}: {e.strerror or e}", file=sys.stderr, flush=True)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _check_memory(config: Config, devices: list, training: bool) -> None:
+    """Refuses what cannot fit however it is split: the model's state against all memory there is."""
+    from maxsep.parallel.mesh import describe
+
+    arrays, what = (4, "weights, gradients and moments") if training else (1, "weights")
+    need = config.model.parameters * arrays * (8 if config.model.dtype == "float64" else 4)
+    if devices[0].platform == "cpu":
+        have, where = available_memory(), "this machine has left"
+    else:
+        have = sum((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices)
+        where = f"{describe(devices)} have"
+    if need > have:
+        raise ConfigError(
+            f"model: got {config.model.parameters / 1e9:.2f} B parameters; their {what} need "
+            f"{need / 2**30:.1f} GiB; takes at most the {have / 2**30:.1f} GiB that {where}"
+        )
+
+
+def available_memory() -> float:
+    """Bytes a new process can use; infinite where the system does not tell."""
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        limit, used = (Path("/sys/fs/cgroup", f).read_text().strip() for f in ("memory.max", "memory.current"))
+        limits += [int(limit) - int(used)] if limit != "max" else []
+    except OSError:
+        pass
+    return min(limits, default=math.inf)

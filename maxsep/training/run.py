@@ -1,0 +1,134 @@
+"""What a config makes on the current mesh: compiled steps, states, batches, and the figures of a step."""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxsep.config import Config
+from maxsep.data.feed import host_rows, to_mesh
+from maxsep.data.loader import eval_batches, train_batches
+from maxsep.data.records import Corpus
+from maxsep.output import metrics
+from maxsep.output.checkpoint import Checkpoints
+from maxsep.output.workdir import init_checkpoints
+from maxsep.parallel.mesh import describe
+from maxsep.training.step import Program, TrainState
+
+
+class Run:
+    """A config's program on the mesh that `jax.set_mesh` has set.
+
+    Args:
+        config: a checked config.
+        end_of_text: the tokenizer's id of it, for attention that stays within documents.
+        ids: number of ids of the tokenizer; the others have no probability. None: all of `model.vocab_size`.
+    """
+
+    def __init__(self, config: Config, end_of_text: int | None = None, ids: int | None = None):
+        train, length = config.train, config.data.sequence_length
+        self.config, self.mesh = config, jax.sharding.get_mesh()
+        self.program = Program(config, end_of_text, ids)
+        self.abstract_state = self._placed(jax.eval_shape(self.program.init))
+        micro_batch = train.batch_size // train.accumulation
+        self.batch_shape = (train.accumulation, micro_batch, length + 1)
+        self.eval_shape = (1, micro_batch, length + 1)
+        self.batch_sharding = NamedSharding(self.mesh, self.program.batch_spec)
+        self.tokens = train.batch_size * length  # a step
+        self.flops = self.tokens * metrics.flops_per_token(config.model, length)  # a step
+        self.eval_step = jax.jit(self.program.eval_step)
+
+    def _placed(self, tree):
+        """Abstract arrays on this mesh: `eval_shape` leaves them on an abstract one, which Orbax cannot restore to."""
+
+        def place(x):
+            spec = P() if x.sharding is None else x.sharding.spec  # scalars have none
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(place, tree)
+
+    def compile_train_step(self):
+        """The compiled train step, which takes and donates a state, and takes a batch."""
+        batch = jax.ShapeDtypeStruct(self.batch_shape, jnp.int32, sharding=self.batch_sharding)
+        return jax.jit(self.program.train_step, donate_argnums=0).lower(self.abstract_state, batch).compile()
+
+    def new_state(self) -> TrainState:
+        """Step 0, with weights drawn from the seed or those that `train.init_from` names."""
+        source = init_checkpoints(self.config)
+        if source is None:
+            return jax.jit(self.program.init)()
+        with Checkpoints(source, read_only=True) as checkpoints:
+            return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params))
+
+    def train_batches(self, corpus: Corpus, position: int):
+        """This host's part of the batches from `position` on; `to_mesh` makes them global."""
+        train, rows = self.config.train, host_rows(self.batch_shape, self.batch_sharding)
+        return train_batches(corpus.train, train.batch_size, train.seed, position, rows)
+
+    def evaluate(
+        self, params: dict, corpus: Corpus, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Held-out loss, nats a token, every token counted once; its perplexity; the seconds it took.
+
+        None where `stop`, asked after each batch, says to give up.
+        """
+        start = time.monotonic()
+        rows = host_rows(self.eval_shape, self.batch_sharding)
+        cross_entropy = targets = 0.0
+        with closing(eval_batches(corpus.eval, self.eval_shape[1], rows)) as batches:
+            for batch in to_mesh(batches, self.eval_shape, self.batch_sharding):
+                # Fetched at once: unlike train steps, these do not wait for each other, and with many at a time
+                # simulated devices run out of threads and hang.
+                one = jax.device_get(self.eval_step(params, batch))
+                cross_entropy, targets = cross_entropy + float(one.cross_entropy), targets + float(one.targets)
+                if stop():
+                    return None
+        assert targets == corpus.eval.targets, "a held-out token was counted twice or not at all"
+        loss = cross_entropy / targets
+        return {"loss": loss, "perplexity": metrics.perplexity(loss), "seconds": time.monotonic() - start}
+
+    def figures(self, device_metrics: dict, seconds: float, peak: float | None) -> dict:
+        """A row of `metrics.jsonl` from what the train step returned and the seconds it took."""
+        values = jax.device_get(device_metrics)
+        load_le, dropped_l, skipped = (values.pop(name) for name in ("load_le", "dropped_l", "skipped"))
+        load = metrics.expert_load(load_le)
+        load["layers"]["dropped_fraction"] = (dropped_l / load_le.sum(axis=1)).tolist()
+        speed = self.tokens / seconds
+        return {
+            **{name: float(value) for name, value in values.items()},
+            "perplexity": metrics.perplexity(float(values["loss"])),
+            "step_seconds": seconds,
+            "tokens_per_second": speed,
+            "tokens_per_second_per_device": speed / self.mesh.size,
+            "mfu": metrics.mfu(speed, self.flops / self.tokens, peak),
+            "dropped_fraction": float(dropped_l.sum() / load_le.sum()),
+            "skipped_steps": int(skipped[0]),
+            **load,
+            **metrics.device_memory(),
+        }
+
+    def described(self) -> dict[str, str]:
+        """What runs, for the console."""
+        config, model, mesh = self.config, self.config.model, self.config.mesh
+        micro = f" in {config.train.accumulation} micro-batches" if config.train.accumulation > 1 else ""
+        capacity = "dropless" if model.capacity_factor is None else f"capacity {model.capacity_factor}"
+        return {
+            "layout": f"{config.layout}: stage {mesh.stage} x attention {mesh.attention} x expert {mesh.expert}",
+            "devices": describe(self.mesh.devices.ravel()),
+            "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
+            f"top {model.top_k}, {capacity}, {model.dtype}",
+            "parameters": f"{model.parameters:,}",
+            "attention kernel": self.program.kernel,
+            "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
+            **self._warmup(),
+        }
+
+    def _warmup(self) -> dict[str, str]:
+        steps, warmup = self.config.train.steps, self.config.optimizer.warmup_steps
+        if steps > warmup:
+            return {}
+        return {"learning rate": f"rises to the end: optimizer.warmup_steps is {warmup}, train.steps {steps}"}

@@ -1,0 +1,182 @@
+"""The train step and the evaluation step, as functions of state and batch.
+
+Loss and gradients are computed in one `jax.shard_map` over the whole mesh: in it, every device works on its own part
+and `collectives` say what is sent. Gradients stay on their device over all micro-batches and are reduced once.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from maxsep.config import Config
+from maxsep.model.transformer import Transformer, attention_kernel
+from maxsep.parallel import collectives
+from maxsep.parallel.mesh import Layout, replicating_axes, zero_spec
+from maxsep.training.optimizer import adamw, schedule
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "optimizer", "skipped"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class TrainState:
+    step: jax.Array  # int32, finished optimizer steps, skipped ones included
+    params: dict[str, Any]
+    optimizer: Any  # Optax state
+    skipped: jax.Array  # int32 [2], non-finite steps that changed nothing: in all, and in a row until now
+
+
+class Evaluation(NamedTuple):
+    cross_entropy: jax.Array  # sum over targets, nats
+    targets: jax.Array  # float32, number of targets
+
+
+class Program:
+    """The functions of one config, to be called and compiled under its mesh (`jax.set_mesh`).
+
+    `end_of_text` and `ids` are the tokenizer's: the id, for runs whose attention stays within documents, and how many
+    ids have a probability, by default all of the vocabulary. `platform` is that of the devices to compile for, this
+    machine's by default.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        end_of_text: int | None = None,
+        ids: int | None = None,
+        platform: str | None = None,
+    ):
+        self.ids = ids or config.model.vocab_size
+        self.config = config
+        self.layout = Layout.of(config, platform)
+        self.kernel = attention_kernel(config.model, self.layout.platform)
+        self.optimizer = adamw(config)
+        self.learning_rate = schedule(config)
+        self.end_of_text = None if config.data.cross_document_attention else end_of_text
+        self.graph, abstract = nnx.split(nnx.eval_shape(self._model))
+        self.abstract_params = nnx.to_pure_dict(abstract)
+        self.param_specs = jax.tree.map(lambda x: x.sharding.spec, self.abstract_params)
+        self.zero_specs = jax.tree.map(self._zero_spec, self.abstract_params)
+
+    def _model(self) -> Transformer:
+        return Transformer(nnx.Rngs(self.config.train.seed), self.config.model, self.layout, self.ids)
+
+    def _zero_spec(self, x) -> P:
+        if not self.config.optimizer.zero1:
+            return x.sharding.spec
+        return zero_spec(x.sharding.spec, x.shape, self.layout.sizes)[0]
+
+    @property
+    def batch_spec(self) -> P:
+        """Sharding of a batch of records [accumulation, micro-batch, S + 1]."""
+        return P(None, self.layout.axes("b"), None)
+
+    def init(self) -> TrainState:
+        """A new state. Jit it: its arrays are then born in their shardings."""
+        params = nnx.to_pure_dict(nnx.state(self._model(), nnx.Param))
+        return self.fresh(params)
+
+    def fresh(self, params: dict) -> TrainState:
+        """Step 0 with these parameters."""
+        split = jax.tree.map(jax.reshard, params, self.zero_specs)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(split), jnp.zeros((2,), jnp.int32))
+
+    def train_step(self, state: TrainState, batch_abt: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step on records [accumulation, micro-batch, S + 1], int32, -1 for padding."""
+        gradients, metrics = self._gradients(state.params, batch_abt, state.step)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradients)
+            finite = jnp.isfinite(norm) & jnp.isfinite(metrics["total_loss"])
+            old = jax.tree.map(jax.reshard, state.params, self.zero_specs)
+            updates, optimizer = self.optimizer.update(gradients, state.optimizer, old)
+            new = optax.apply_updates(old, updates)
+            keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
+            params = jax.tree.map(jax.reshard, keep(new, old), self.param_specs)
+            optimizer = keep(optimizer, state.optimizer)
+            skipped = jnp.where(finite, state.skipped * jnp.array([1, 0], jnp.int32), state.skipped + 1)
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(self.learning_rate(state.step - state.skipped[0])),  # counts updates
+            "skipped": skipped,
+        }
+        return TrainState(state.step + 1, params, optimizer, skipped), metrics
+
+    def _gradients(self, params, batch_abt, step):
+        accumulation, model = self.config.train.accumulation, self.config.model
+
+        def on_device(params, batch_abt, step):
+            targets = collectives.total(jnp.sum(batch_abt[..., 1:] >= 0), self.layout.axes("b"))
+            key = None
+            if model.expert_dropout:
+                key = jax.random.fold_in(jax.random.key(self.config.train.seed), step)
+
+            def loss(params, batch_bt, first_row):
+                transformer = nnx.merge(self.graph, params)
+                cross_entropy, stats = transformer.losses(batch_bt, first_row, key, self.end_of_text)
+                balancing, z = jnp.sum(stats.load_balancing), jnp.sum(stats.router_z)
+                auxiliary = model.load_balancing_coefficient * balancing + model.router_z_coefficient * z
+                total = cross_entropy / targets + auxiliary / accumulation
+                means = {
+                    "loss": cross_entropy / targets,
+                    "total_loss": total,
+                    "load_balancing_loss": balancing / (accumulation * model.layers),
+                    "router_z_loss": z / (accumulation * model.layers),
+                    "load_le": stats.load_e,
+                    "dropped_l": stats.dropped,
+                }
+                return total, means
+
+            # Parameters that devices share get a gradient on each; they are added up below, once a step.
+            own = collectives.vary(params)
+
+            rows = self.layout.ways("b")
+
+            def micro_batch(number, batch_bt):
+                return jax.grad(loss, has_aux=True)(own, batch_bt, number * batch_bt.shape[0] * rows)
+
+            def add(sums, numbered):
+                return jax.tree.map(jnp.add, sums, micro_batch(*numbered)), None
+
+            if accumulation == 1:
+                sums = micro_batch(0, batch_abt[0])
+            else:
+                shapes = jax.eval_shape(micro_batch, 0, batch_abt[0])
+                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                sums, _ = lax.scan(add, (collectives.vary(zeros[0]), zeros[1]), (jnp.arange(accumulation), batch_abt))
+            gradients, metrics = sums
+            with jax.named_scope("gradient_reduction"):
+                return jax.tree.map(self._reduce, gradients, self.param_specs, self.zero_specs), metrics
+
+        return jax.shard_map(
+            on_device,
+            in_specs=(self.param_specs, self.batch_spec, P()),
+            out_specs=(self.zero_specs, P()),
+        )(params, batch_abt, step)
+
+    def _reduce(self, gradient: jax.Array, spec: P, zero: P) -> jax.Array:
+        """Sum over the devices that hold the same parameter; with ZeRO-1 each keeps its part of the sum."""
+        axes = replicating_axes(spec)
+        split = tuple(axis for axis in axes if axis not in replicating_axes(zero))
+        if split:
+            dim = next(i for i, part in enumerate(zero) if part == split or part == split[0])
+            gradient = lax.psum_scatter(gradient, split, scatter_dimension=dim, tiled=True)
+        rest = tuple(axis for axis in axes if axis not in split)
+        return lax.psum(gradient, rest) if rest else gradient
+
+    def eval_step(self, params: dict, batch_abt: jax.Array) -> Evaluation:
+        """Cross-entropy of records [1, batch, S + 1]; no dropout."""
+
+        def on_device(params, batch_abt):
+            transformer = nnx.merge(self.graph, collectives.vary(params))
+            cross_entropy, _ = transformer.losses(batch_abt[0], 0, None, self.end_of_text)
+            targets = jnp.sum(batch_abt[..., 1:] >= 0, dtype=jnp.float32)
+            return Evaluation(cross_entropy, collectives.total(targets, self.layout.axes("b")))
+
+        return jax.shard_map(on_device, in_specs=(self.param_specs, self.batch_spec), out_specs=P())(params, batch_abt)

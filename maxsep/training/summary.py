@@ -1,0 +1,89 @@
+"""What a run ends with: `summary.json`, and the same on the console."""
+
+import json
+import math
+import shlex
+import statistics
+from pathlib import Path
+
+from maxsep.config import cli
+from maxsep.data.records import Corpus
+from maxsep.output import console, metrics
+from maxsep.output.durable import write_json
+from maxsep.training.run import Run
+
+
+def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> None:
+    """Writes `summary.json` from the run's rows, and prints it.
+
+    `seconds` is what this start of the run took; None: it found all steps done, and a summary stays as it is.
+    """
+    path = folder / "summary.json"
+    summary = summarise(run, corpus, folder, seconds)
+    before = json.loads(path.read_text(encoding="utf-8")) if seconds is None and path.exists() else {}
+    if before.get("steps") == summary["steps"]:
+        summary = before
+    else:  # there is none, or it is of fewer steps: the run was killed before it wrote that of these
+        try:
+            write_json(path, summary)
+        except OSError as e:
+            raise cli.Exit(cli.SAVE_FAILED, f"cannot write {path}: {e.strerror}; the run itself is saved") from e
+    mfu = "unknown, the device's peak is not known" if summary["mfu"] is None else f"{summary['mfu']:.1%}"
+    tokens, seconds = _number(summary["tokens_per_second"]), _number(summary["step_seconds"])
+    console.say(
+        console.table(
+            f"result after step {summary['steps']}",
+            {
+                **held_out(_number(summary["eval_loss"]), corpus),
+                "train loss": f"{_number(summary['train_loss']):.4f} nats/token",
+                "speed": f"{tokens:,.0f} tokens/s, {seconds:.3f} s a step, MFU {mfu}",
+                "time": f"{_number(summary['seconds']):.0f} s",
+                "written": f"{folder}: checkpoints/, metrics.jsonl, summary.json, tensorboard/",
+            },
+        )
+    )
+    here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    again = ["python", "train.py", f"--workdir={here}", f"--config.train.steps={2 * summary['steps']}"]
+    console.say(f"train on, at the last learning rate: {shlex.join(again)}")
+
+
+def summarise(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> dict:
+    """What `summary.json` holds: docs/metrics.md."""
+    rows = metrics.read_rows(folder / "metrics.jsonl")
+    trained = [row for row in rows if row["split"] == "train"]
+    evaluated = [row for row in rows if row["split"] == "eval"]
+
+    def median(name: str) -> float | None:
+        values = [row[name] for row in trained if row[name] is not None]
+        return statistics.median(values) if values else None
+
+    config = run.config
+    return {
+        "steps": trained[-1]["step"],
+        "parameters": config.model.parameters,
+        "train_loss": trained[-1]["loss"],
+        "eval_loss": evaluated[-1]["loss"],
+        "eval_perplexity": evaluated[-1]["perplexity"],
+        "eval_tokens": corpus.eval.targets,
+        "unigram_entropy": corpus.unigram_entropy,
+        **{name: median(name) for name in ("tokens_per_second", "step_seconds", "mfu")},
+        "seconds": seconds,
+        "skipped_steps": trained[-1]["skipped_steps"],
+        "layout": config.layout,
+        "mesh": {axis: getattr(config.mesh, axis) for axis in ("stage", "attention", "expert")},
+    }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value  # JSON has no word for what is not finite
+
+
+def held_out(loss: float, corpus: Corpus) -> dict[str, str]:
+    """The held-out loss beside the corpus's unigram cross-entropy, for the console."""
+    gain = corpus.unigram_entropy - loss
+    compared = f"{abs(gain):.2f} {'better' if gain >= 0 else 'worse'}"
+    return {
+        "held-out loss": f"{loss:.4f} nats/token (perplexity {metrics.perplexity(loss):,.1f}) "
+        f"over {corpus.eval.targets:,} tokens",
+        "unigram": f"{corpus.unigram_entropy:.4f} nats/token on the same tokens: the model is {compared}",
+    }

@@ -1,0 +1,83 @@
+"""Products over grouped rows against a loop over experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from small import config
+
+from maxsep.config.layouts import AXES
+from maxsep.model.experts import BLOCK, Experts
+from maxsep.parallel import collectives
+from maxsep.parallel.mesh import Layout, make_mesh
+
+COUNTS = {
+    "uneven": [3, 2 * BLOCK + 5, 1, 40],
+    "empty": [0, 30, 0, 0],
+    "none": [0, 0, 0, 0],
+    "whole blocks": [BLOCK, 0, 2 * BLOCK, BLOCK],
+    "all to the last": [0, 0, 0, 3 * BLOCK + 1],
+}
+PADDING = 13  # rows that belong to no expert
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_grouped_is_a_loop_over_experts(counts, activation):
+    c = config(model={"layers": 1, "experts": 4, "d_model": 6, "d_ff": 5, "activation": activation})
+    rng = np.random.default_rng(0)
+    rows = sum(counts) + PADDING
+    x, g = rng.normal(size=(rows, 6)), rng.normal(size=(rows, 6))
+    g[sum(counts) :] = 0  # nobody reads the padding
+    with jax.enable_x64(True), jax.set_mesh(make_mesh(c)):
+        experts = Experts(nnx.Rngs(0), Layout.of(c), c.model, jnp.float64)
+        experts = jax.tree.map(lambda w: w[0], experts)
+        graph, params = nnx.split(experts)
+        params = nnx.to_pure_dict(params)
+
+        def on_device(params, x, g, counts):
+            def loss(params, x):
+                y = nnx.merge(graph, params).grouped(x, counts)
+                return jnp.sum(y * g), y
+
+            (dw, dx), y = jax.grad(loss, (0, 1), has_aux=True)(collectives.vary(params), collectives.vary(x))
+            return jax.tree.map(lambda a: jax.lax.psum(a, AXES), (y, dx, dw))
+
+        function = jax.jit(jax.shard_map(on_device, in_specs=P(), out_specs=P()))
+        whole = jax.device_put(params, NamedSharding(jax.sharding.get_mesh(), P()))
+        y, dx, dw = jax.device_get(function(whole, x, g, np.array(counts, np.int32)))
+        w = {"in": params["w_in_ledf"], "out": params["w_out_lefd"]}
+        if activation == "swiglu":
+            w["gate"] = params["w_gate_ledf"]
+        w = {name: np.asarray(value) for name, value in w.items()}
+    expected = {name: np.zeros_like(value) for name, value in w.items()}
+    for row, e in enumerate(np.repeat(range(4), counts)):
+        out, saved = oracle.expert_forward(x[row], w, e, activation)
+        np.testing.assert_allclose(y[row], out, atol=1e-12)
+        back = oracle.expert_backward(g[row], x[row], w, expected, e, activation, saved)
+        np.testing.assert_allclose(dx[row], back, atol=1e-12)
+    assert np.isfinite(y).all()
+    assert not dx[sum(counts) :].any()
+    names = {"in": "w_in_ledf", "gate": "w_gate_ledf", "out": "w_out_lefd"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(dw[names[name]], value, atol=1e-11)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_padded_is_a_loop_over_experts(activation):
+    c = config(model={"layers": 1, "experts": 3, "d_model": 6, "d_ff": 5, "activation": activation})
+    x = np.random.default_rng(0).normal(size=(3, 7, 6))
+    with jax.enable_x64(True), jax.set_mesh(make_mesh(c)):
+        experts = jax.tree.map(lambda w: w[0], Experts(nnx.Rngs(0), Layout.of(c), c.model, jnp.float64))
+        mesh = jax.sharding.get_mesh()
+        y = np.asarray(experts.padded(jax.device_put(x, NamedSharding(mesh, P("expert")))))
+        w = {"in": np.asarray(experts.w_in_ledf[...]), "out": np.asarray(experts.w_out_lefd[...])}
+        if activation == "swiglu":
+            w["gate"] = np.asarray(experts.w_gate_ledf[...])
+    for e in range(3):
+        for row in range(7):
+            np.testing.assert_allclose(y[e, row], oracle.expert_forward(x[e, row], w, e, activation)[0], atol=1e-12)

@@ -1,0 +1,192 @@
+"""The MoE layer on every mesh shape equals the dense oracle: output, statistics and every gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from small import MESHES, config, named
+
+from maxsep.model.moe import MoE
+from maxsep.parallel import collectives
+from maxsep.parallel.mesh import Layout, make_mesh, replicating_axes
+
+B, S = 16, 32
+KEY = 7
+NAMES = {
+    "router": ("router", "w_lde"),
+    "in": ("experts", "w_in_ledf"),
+    "gate": ("experts", "w_gate_ledf"),
+    "out": ("experts", "w_out_lefd"),
+}
+DISPATCH = {
+    "dropless": {"capacity_factor": None},
+    "capacity": {"capacity_factor": 1.0},
+    "groups": {"capacity_factor": 1.25, "capacity_group": 2},
+}
+TOLERANCE = {"float64": 1e-11, "float32": 1e-5}
+
+
+def numbers(model, case: str):
+    """Tokens [B, S, D], weights and direction in float64; the case says where the tokens go."""
+    rng = np.random.default_rng(3)
+    E, D, F = model.experts, model.d_model, model.d_ff
+    x = rng.normal(size=(B, S, D))
+    w = {
+        "router": rng.normal(size=(D, E)),
+        "in": rng.normal(size=(E, D, F)) / 4,
+        "out": rng.normal(size=(E, F, D)) / 4,
+    }
+    if model.activation == "swiglu":
+        w["gate"] = rng.normal(size=(E, D, F)) / 4
+    x[..., 0] = 1  # makes the router's first row a bias
+    if case == "one expert":
+        w["router"][0, 5] = 40
+    elif case == "empty experts":
+        w["router"][0, ::2] = -40
+        w["router"][0, 9] = 4
+    elif case == "ties":  # whole numbers, so that equal scores are equal to the bit on every device
+        x[..., 1:] = rng.integers(-1, 2, size=(B, S, D - 1))
+        x[:2] = 0
+        w["router"] = rng.integers(-1, 2, size=(D, E)).astype(float)
+    else:
+        assert case == "uneven"
+        w["router"][0] = np.linspace(-3, 3, E)
+    return x, w, rng.normal(size=(B, S, D))
+
+
+@functools.lru_cache(maxsize=4)  # hundreds of programs at once are more mappings of memory than Linux allows
+def layer(mesh: tuple[int, int], fields: tuple):
+    """The MoE layer's output, statistics and gradients as one compiled function, and the shardings of its arguments."""
+    c = config(mesh, model={"layers": 1, **dict(fields)}, data={"sequence_length": S})
+    layout, model, devices = Layout.of(c), c.model, make_mesh(c)
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    with jax.set_mesh(devices):
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: MoE(nnx.Rngs(0), layout, model, dtype)))
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, nnx.to_pure_dict(abstract))
+
+    def on_device(x_bsd, params, direction_bsd, token_bs):
+        def loss(x_bsd, params):
+            moe = jax.tree.map(lambda w: w[0], nnx.merge(graph, params))
+            key = jax.random.key(KEY) if model.expert_dropout else None
+            y_bsd, stats = moe(x_bsd, token_bs, key)
+            auxiliary = (
+                model.load_balancing_coefficient * stats.load_balancing + model.router_z_coefficient * stats.router_z
+            )
+            return lax.psum(jnp.sum(y_bsd * direction_bsd), collectives.AXES) + auxiliary, (y_bsd, stats._asdict())
+
+        (dx, dw), (y, stats) = jax.grad(loss, (0, 1), has_aux=True)(*collectives.vary((x_bsd, params)))
+        y, dx = lax.psum((y, dx), "stage")  # of size 1
+        dw = jax.tree.map(lambda g, spec: lax.psum(g, replicating_axes(spec)), dw, specs)
+        return y, stats, dx, dw
+
+    tokens = layout.spec("bsd")
+    arguments = (tokens, specs, tokens, layout.spec("bs"))
+    function = jax.jit(jax.shard_map(on_device, in_specs=arguments, out_specs=(tokens, P(), tokens, specs)))
+    return c, devices, function, arguments
+
+
+def check(mesh, case, **fields):
+    with jax.enable_x64(fields["dtype"] == "float64"):
+        c, devices, function, specs = layer(mesh, tuple(sorted(fields.items())))
+        model = c.model
+        x, w, direction = numbers(model, case)
+        params = {"router": {}, "experts": {}}
+        for name, value in w.items():
+            section, leaf = NAMES[name]
+            params[section][leaf] = value[None].astype(model.dtype)
+        tokens = np.arange(B * S, dtype=np.int32).reshape(B, S)
+        arguments = x.astype(model.dtype), params, direction.astype(model.dtype), tokens
+        with jax.set_mesh(devices):
+            placed = jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(devices, spec)), arguments, specs)
+            y, stats, dx, dw = jax.device_get(function(*placed))
+        mask = None
+        if model.expert_dropout:  # as `MoE` documents: of the key, the token's number, the choice and the feature
+            keys = [jax.random.fold_in(jax.random.key(KEY), t) for t in range(B * S)]
+            keep = [jax.random.bernoulli(k, 1 - model.expert_dropout, (model.top_k, model.d_model)) for k in keys]
+            mask = np.array(keep) / (1 - model.expert_dropout)
+
+    groups = ()
+    if model.capacity_factor is not None:
+        groups = oracle.device_groups(B, S, *mesh, model.capacity_group)
+    flat = (x.reshape(B * S, -1), {name: value.copy() for name, value in w.items()})
+    expected_y, expected, gradient = oracle.moe(*flat, model, groups, mask, direction.reshape(B * S, -1))
+
+    tolerance = TOLERANCE[model.dtype]
+    close(y.reshape(B * S, -1), expected_y, tolerance, "output")
+    close(dx.reshape(B * S, -1), gradient["x"], tolerance, "gradient of x")
+    for name in w:
+        section, leaf = NAMES[name]
+        close(dw[section][leaf][0], gradient[name], tolerance, f"gradient of {name}")
+    assert stats["load_e"].tolist() == expected["load_e"].tolist()
+    assert stats["dropped"] == expected["dropped"]
+    for name in ("load_balancing", "router_z"):
+        assert stats[name] == pytest.approx(expected[name], rel=tolerance)
+    return expected
+
+
+def close(got, expected, tolerance, what):
+    largest = np.abs(expected).max()
+    assert largest > 0, what
+    assert np.abs(got - expected).max() <= tolerance * largest, what
+
+
+CASES = ["uneven", "one expert", "empty experts", "ties"]
+
+
+@pytest.mark.parametrize("dispatch", DISPATCH)
+@pytest.mark.parametrize("mesh", MESHES, ids=named)
+def test_equals_the_oracle(mesh, dispatch):
+    """Every mesh with every dispatch and routing; top-k, activation, type and dropout take turns."""
+    turn = MESHES.index(mesh) + 2 * list(DISPATCH).index(dispatch)
+    fields = DISPATCH[dispatch] | {
+        "top_k": 1 + turn % 3,
+        "activation": ("swiglu", "gelu")[turn % 2],
+        "dtype": "float32" if turn % 4 == 3 else "float64",
+        "expert_dropout": 0.25 if turn % 5 == 0 else 0.0,
+        "load_balancing_coefficient": 0.5,
+        "router_z_coefficient": 0.1,
+    }
+    seen = {case: check(mesh, case, **fields) for case in CASES}
+    assert seen["one expert"]["load_e"][5] == B * S
+    assert (seen["empty experts"]["load_e"] == 0).sum() >= 8
+    for stats in seen.values():
+        assert (stats["dropped"] > 0) == (dispatch != "dropless")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("dispatch", DISPATCH)
+@pytest.mark.parametrize("mesh", MESHES, ids=named)
+def test_equals_the_oracle_in_every_combination(mesh, dispatch, activation, top_k, dtype, dropout):
+    fields = {"activation": activation, "top_k": top_k, "dtype": dtype, "expert_dropout": dropout}
+    for case in CASES:
+        check(mesh, case, **DISPATCH[dispatch], **fields)
+
+
+def test_larger_groups_and_fewer_experts_than_choices():
+    """Groups of 8 on the meshes that keep them whole drop the same choices; as many experts as choices is dense."""
+    dropped = {
+        check(mesh, "uneven", capacity_factor=0.75, capacity_group=8, dtype="float64")["dropped"]
+        for mesh in [(2, 2), (4, 4)]
+    }
+    assert len(dropped) == 1
+    check((1, 2), "uneven", experts=4, top_k=4, dtype="float64")
+    check((2, 2), "uneven", experts=2, top_k=2, capacity_factor=0.7, dtype="float64")
+
+
+def test_ties_go_to_the_lowest_ids():
+    """What the case "ties" has, among others: tokens of zeros, which score every expert the same."""
+    model = config(model={"layers": 1}).model
+    x, w, _ = numbers(model, "ties")
+    _, stats, _ = oracle.moe(x[:2].reshape(-1, model.d_model), w, model)
+    assert stats["load_e"].tolist() == [2 * S, 2 * S] + [0] * 14

@@ -1,0 +1,215 @@
+"""Figures against ones worked out by hand, and rows that survive a kill."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from maxsep.config import ModelConfig
+from maxsep.output import metrics
+from maxsep.output.metrics import MetricsWriter, expert_load, flops_per_token, read_rows
+
+BENCH = ModelConfig(layers=4, d_model=256, heads=8, experts=16, top_k=2, d_ff=512, vocab_size=8192)
+
+
+def test_flops_of_the_bench_shape():
+    # 161.5 GFLOP a step of 4096 tokens, as the peers' scripts count them.
+    assert round(flops_per_token(BENCH, 256) * 4096 / 1e9, 1) == 161.5
+    layer = 4 * 256 * 256 + 2 * 256 * 128 + 256 * 16 + 2 * 3 * 256 * 512
+    assert flops_per_token(BENCH, 256) == 6 * (4 * layer + 256 * 8192)
+
+
+@pytest.mark.parametrize(
+    "change, products",
+    [
+        ({"kv_heads": 2}, -4 * 2 * 256 * 6 * 32),  # of keys and values, 6 heads less
+        ({"head_dim": 64}, 4 * (4 * 256 * 8 * 32 + 2 * 8 * 32 * 128)),  # projections and scores twice as wide
+        ({"activation": "gelu"}, -4 * 2 * 256 * 512),  # one matrix less in each chosen expert
+        ({"top_k": 3}, 4 * 3 * 256 * 512),
+        ({"experts": 32}, 4 * 256 * 16),  # only the router sees them
+        ({"vocab_size": 8191}, -256),
+        ({"tied_embedding": True}, 0),  # the output head is multiplied all the same
+        ({"remat": "full"}, 0),  # what is computed twice is needed once
+        ({"capacity_factor": 1.0}, 0),
+    ],
+)
+def test_flops_follow_the_model(change, products):
+    other = dataclasses.replace(BENCH, **change)
+    assert flops_per_token(other, 256) - flops_per_token(BENCH, 256) == 6 * products
+
+
+def test_longer_sequences_only_add_attention():
+    assert flops_per_token(BENCH, 512) - flops_per_token(BENCH, 256) == 6 * 4 * 2 * 256 * 128
+
+
+@dataclasses.dataclass
+class Device:
+    device_kind: str
+    platform: str = "gpu"
+
+
+@pytest.mark.parametrize(
+    "kind, bfloat16, float32",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312, 156),
+        ("NVIDIA A100-PCIE-40GB", 312, 156),
+        ("NVIDIA H100 80GB HBM3", 989.4, 494.7),
+        ("NVIDIA H100 PCIe", 756, 378),
+        ("NVIDIA H200", 989.4, 494.7),
+        ("NVIDIA B200", 2250, 1125),
+        ("NVIDIA L4", 121, 60),
+        ("NVIDIA L40S", 362, 183),
+        ("NVIDIA A10G", 70, 35),
+        ("NVIDIA A10", 125, 62.5),
+        ("Tesla V100-SXM2-16GB", None, 15.7),
+        ("Tesla T4", None, 8.1),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+        ("TPU v4", 275, 275),
+        ("TPU v5 lite", 197, 197),
+        ("TPU v5p", 459, 459),
+        ("TPU v6 lite", 918, 918),
+        ("Radeon", None, None),
+    ],
+)
+def test_peaks_by_device_kind(kind, bfloat16, float32):
+    for dtype, expected in (("bfloat16", bfloat16), ("float32", float32)):
+        peak = metrics.peak_flops(Device(kind), dtype)
+        assert peak == (expected and pytest.approx(expected * 1e12))
+
+
+def test_no_name_hides_a_longer_one():
+    kinds = list(metrics.PEAKS)
+    assert not [(a, b) for i, a in enumerate(kinds) for b in kinds[i + 1 :] if b.startswith(a)]
+
+
+def test_machine_peak():
+    assert metrics.machine_peak([Device("NVIDIA H200")] * 4, "bfloat16") == pytest.approx(4 * 989.4e12)
+    assert metrics.machine_peak([Device("NVIDIA H200"), Device("Radeon")], "bfloat16") is None
+    # Simulated devices share one machine: its peak is measured once, whatever mesh is set.
+    mesh = jax.make_mesh((4, 4), ("attention", "expert"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        assert 1e9 < metrics.machine_peak(jax.devices(), "float32") < 1e14
+    assert metrics.mfu(1000.0, 2e9, 4e12) == 0.5
+    assert metrics.mfu(1000.0, 2e9, None) is None
+
+
+def test_perplexity():
+    assert metrics.perplexity(math.log(50.0)) == pytest.approx(50.0)
+    assert metrics.perplexity(1e6) == math.inf
+    assert math.isnan(metrics.perplexity(math.nan))
+
+
+def test_expert_load():
+    load = expert_load(np.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]]))
+    assert load["expert_load_max_over_mean"] == 4.0
+    assert load["layers"]["expert_load_max_over_mean"] == [1.0, 4.0, 2.0]
+    assert load["layers"]["expert_load_entropy"] == pytest.approx([1.0, 0.0, 0.5])
+    assert load["layers"]["experts_used"] == [1.0, 0.25, 0.5]
+    assert expert_load(np.array([[7]]))["layers"]["expert_load_entropy"] == [1.0]
+
+
+def test_memory_is_left_out_where_the_backend_does_not_tell():
+    assert metrics.device_memory() == {}
+
+
+def test_rows_are_strict_json(workdir):
+    workdir.mkdir()
+    with MetricsWriter(workdir) as writer:
+        layers = {"experts_used": [1.0, math.nan]}
+        returned = writer.write(1, "train", {"loss": math.nan, "grad_norm": math.inf, "mfu": None, "layers": layers})
+    (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert row == returned
+    assert row == {
+        "step": 1,
+        "split": "train",
+        "loss": None,
+        "grad_norm": None,
+        "mfu": None,
+        "layers": {"experts_used": [1.0, None]},
+    }
+
+
+def test_a_resumed_run_has_each_step_once(workdir):
+    workdir.mkdir()
+    with MetricsWriter(workdir) as writer:
+        for step in range(1, 7):
+            writer.write(step, "train", {"loss": float(step)})
+            if step % 3 == 0:
+                writer.write(step, "eval", {"loss": float(-step)})
+    with MetricsWriter(workdir, from_step=3) as writer:
+        for step in range(4, 6):
+            writer.write(step, "train", {"loss": 10.0 * step})
+    rows = [(row["step"], row["split"], row["loss"]) for row in read_rows(workdir / "metrics.jsonl")]
+    before = [(1, "train", 1.0), (2, "train", 2.0), (3, "train", 3.0), (3, "eval", -3.0)]
+    assert rows == [*before, (4, "train", 40.0), (5, "train", 50.0)]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "spl', '{"step": 3, "split": "train"}', "\0\0\0"])
+def test_a_torn_last_line_is_removed(workdir, torn):
+    workdir.mkdir()
+    path = workdir / "metrics.jsonl"
+    path.write_text('{"step": 1, "split": "train"}\n{"step": 2, "split": "train"}\n' + torn)
+    with MetricsWriter(workdir, from_step=2) as writer:
+        writer.write(3, "train", {})
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_row_is_whole_on_disk_when_write_returns(workdir):
+    workdir.mkdir()
+    code = (
+        "import pathlib, sys, itertools\n"
+        "from maxsep.output.metrics import MetricsWriter\n"
+        "writer = MetricsWriter(pathlib.Path(sys.argv[1]))\n"
+        "for step in itertools.count(1):\n"
+        "    writer.write(step, 'train', {'loss': 1.0, 'layers': {'experts_used': [1.0] * 50}})\n"
+        "    print(step, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(workdir)], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.strip() == "20":
+            break
+    process.kill()
+    told = [20, *(int(line) for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n"))]
+    process.wait()
+    process.stdout.close()
+    steps = [row["step"] for row in read_rows(workdir / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= told[-1]
+
+
+def test_tensorboard_has_the_same_figures(workdir):
+    workdir.mkdir()
+    for from_step, scale in ((0, 1.0), (2, 10.0)):
+        with MetricsWriter(workdir, from_step) as writer:
+            for step in range(from_step + 1, from_step + 4):
+                writer.write(step, "train", {"loss": scale * step, "layers": {"experts_used": [1.0, 0.5]}})
+        time.sleep(1.1)  # an events file is named by the second, and read in that order
+    scalars = events(workdir)
+    assert scalars["train/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+    assert scalars["train_layers/experts_used/1"] == [(step, 0.5) for step in range(1, 6)]
+
+
+def events(workdir):
+    """Scalars by tag as TensorBoard shows them: what a later file purges is left out."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    seen: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            if event.session_log.status == event.session_log.START:
+                seen = {tag: [v for v in values if v[0] < event.step] for tag, values in seen.items()}
+            for value in event.summary.value:
+                seen.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return seen

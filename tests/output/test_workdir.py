@@ -1,0 +1,139 @@
+"""What a run's folder says, and which changes of its config are refused."""
+
+import dataclasses
+import json
+from operator import attrgetter
+
+import pytest
+
+from maxsep.config import Config, ConfigError, fields, from_config_dict
+from maxsep.config.validate import validate
+from maxsep.output import workdir as folder
+
+
+def replaced(config, path, value):
+    section, _, name = path.rpartition(".")
+    if not section:
+        return dataclasses.replace(config, **{name: value})
+    inner = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: inner})
+
+
+def another(field):
+    """A value of the field's type that is not its default."""
+    default = field.default
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int | float):
+        return default + 1
+    if isinstance(default, str):
+        return default + "x"
+    return {int: 7, float: 0.5, str: "x"}[next(t for t in (int, float, str) if field.hint in (t, t | None))]
+
+
+@pytest.fixture
+def run(workdir):
+    workdir.mkdir()
+    folder.write_config(workdir, folder.resolve(Config()), "corpus-1")
+    return workdir
+
+
+@pytest.mark.parametrize("field", list(fields()), ids=lambda field: field.path)
+def test_every_field_may_change_or_is_refused_by_name(run, field):
+    changed = replaced(Config(), field.path, another(field))
+    listed = any(
+        field.path == name or (name.endswith(".") and field.path.startswith(name)) for name in folder.RESUME_MAY_CHANGE
+    )
+    if listed:
+        assert attrgetter(field.path)(folder.check_resume(run, changed, "corpus-1")) == another(field)
+    else:
+        with pytest.raises(ConfigError, match=rf"^{field.path}: got .* which may not change$") as caught:
+            folder.check_resume(run, changed, "corpus-1")
+        assert repr(another(field)) in str(caught.value)
+
+
+def test_what_may_change_exists():
+    paths = [field.path for field in fields()]
+    for name in folder.RESUME_MAY_CHANGE:
+        assert name in paths or (name.endswith(".") and any(p.startswith(name) for p in paths))
+
+
+def test_another_corpus_is_refused(run):
+    folder.check_resume(run, Config(), "corpus-1")
+    folder.check_resume(run, Config())
+    with pytest.raises(ConfigError, match=r"^data\.source: got another corpus"):
+        folder.check_resume(run, Config(), "corpus-2")
+
+
+def test_more_steps_leave_the_schedule_alone(run):
+    longer = replaced(Config(), "train.steps", 5000)
+    assert folder.resolve(longer).optimizer.decay_steps == 5000
+    resumed = folder.check_resume(run, longer, "corpus-1")
+    assert resumed.optimizer.decay_steps == Config().train.steps and resumed.train.steps == 5000
+    with pytest.raises(ConfigError, match=r"^optimizer\.decay_steps: got 5000; .* has 1000,"):
+        folder.check_resume(run, replaced(longer, "optimizer.decay_steps", 5000), "corpus-1")
+
+
+def test_config_json_says_what_the_result_depends_on(run):
+    record = json.loads((run / "config.json").read_text())
+    assert from_config_dict(record["config"]) == folder.resolve(Config()) == folder.read_config(run)[0]
+    assert record["corpus"] == "corpus-1"
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "maxsep"} <= record["versions"].keys()
+    assert record["devices"] == {"kind": "cpu", "count": 16, "processes": 1}
+    assert record["command"] and (record["git_commit"] is None or len(record["git_commit"]) >= 40)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "has no config.json; takes the folder of a run"),
+        ("{", "cannot be read: JSONDecodeError"),
+        ("[]", "cannot be read: TypeError"),
+        ("{}", "cannot be read: KeyError"),
+        ('{"config": {"model": {"dmodel": 3}}}', "model.dmodel: no such field"),
+        ('{"config": {"model": {"d_model": "x"}}}', "model.d_model: got 'x'; takes an integer"),
+    ],
+)
+def test_a_bad_config_json_is_told_in_one_line(workdir, content, message):
+    workdir.mkdir()
+    if content is not None:
+        (workdir / "config.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        folder.read_config(workdir)
+    assert message in str(caught.value) and str(workdir) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_shorter_than_its_warmup_goes_on(tmp_path):
+    short = replaced(Config(), "train.steps", 5)
+    folder.write_config(tmp_path, folder.resolve(short), "corpus-1")
+    longer = folder.check_resume(tmp_path, replaced(short, "train.steps", 500), "corpus-1")
+    validate(folder.read_config(tmp_path)[0])
+    assert longer.optimizer.decay_steps == longer.optimizer.warmup_steps
+
+
+@pytest.fixture
+def saved(run):
+    """A run with a checkpoint, as far as its folder tells."""
+    (run / folder.CHECKPOINTS / "7").mkdir(parents=True)
+    return run
+
+
+def test_a_start_that_cannot_be_is_refused_before_anything_slow(run, saved, tmp_path):
+    folder.check_start(saved, Config(), training=True)
+    folder.check_start(saved, Config(), training=False)
+    for other in (tmp_path / "none", tmp_path):
+        folder.check_start(other, Config(), training=True)
+        with pytest.raises(ConfigError, match=r"^--workdir: got .*, which has no checkpoint"):
+            folder.check_start(other, Config(), training=False)
+        with pytest.raises(ConfigError, match=r"^train\.init_from: got .*, which has no checkpoint"):
+            folder.check_start(tmp_path, replaced(Config(), "train.init_from", str(other)), training=True)
+    folder.check_start(tmp_path, replaced(Config(), "train.init_from", str(saved)), training=True)
+    with pytest.raises(ConfigError, match=r"^model\.layers: got 7; the run in "):
+        folder.check_start(saved, replaced(Config(), "model.layers", 7), training=True)
+
+
+def test_what_an_unfinished_save_leaves_is_no_checkpoint(run):
+    (run / folder.CHECKPOINTS / "7.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not folder.has_checkpoint(run)
+    (run / folder.CHECKPOINTS / "7").mkdir()
+    assert folder.has_checkpoint(run)

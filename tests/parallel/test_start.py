@@ -1,0 +1,95 @@
+"""What is settled before JAX starts: devices, flags, caches, memory."""
+
+import dataclasses
+import os
+
+import jax
+import pytest
+
+from maxsep.config import ConfigError, MeshConfig, cli
+from maxsep.config.paths import REPOSITORY
+from maxsep.parallel import start
+
+TINY = cli.load_config(str(REPOSITORY / "configs" / "tiny.py"))
+
+
+def on_mesh(attention, expert):
+    return dataclasses.replace(TINY, mesh=MeshConfig(attention=attention, expert=expert))
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 2)), (4, (2, 2)), (8, (2, 4)), (16, (4, 4)), (24, (4, 4))]
+)
+def test_the_mesh_is_fitted_to_the_devices(devices, mesh):
+    assert start.fitted(TINY, devices) == on_mesh(*mesh)
+
+
+def test_the_mesh_stays_as_it_is_on_simulated_devices():
+    assert start.start(TINY, fit_mesh=True) == TINY
+
+
+def test_fewer_devices_than_there_are_are_said(capsys):
+    assert start.start(on_mesh(2, 4), fit_mesh=False) == on_mesh(2, 4)
+    assert capsys.readouterr().out == "using the first 8 of 16 x simulated CPU device\n"
+
+
+def test_more_devices_than_there_are_are_refused():
+    with pytest.raises(ConfigError, match="got 4 x 8 = 32 devices; takes at most 16 x simulated CPU device"):
+        start.start(on_mesh(4, 8), fit_mesh=False)
+
+
+def test_what_cannot_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(start, "available_memory", lambda: TINY.model.parameters * 16)
+    start.start(TINY, fit_mesh=False)
+    monkeypatch.setattr(start, "available_memory", lambda: TINY.model.parameters * 16 - 1)
+    with pytest.raises(ConfigError, match=r"model: got 0.01 B parameters; .* that this machine has left"):
+        start.start(TINY, fit_mesh=False)
+
+
+def test_available_memory_is_plausible():
+    assert 2**20 < start.available_memory() < 2**50
+
+
+def test_a_compiler_flag_of_the_user_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=5")
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, deterministic=True))
+    start.start(config, fit_mesh=False)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags == ["--xla_cpu_collective_call_terminate_timeout_seconds=5", "--xla_gpu_deterministic_ops=true"]
+
+
+@pytest.fixture
+def cache_folder(monkeypatch, tmp_path):
+    """A user's cache folder, with JAX left as it was afterwards."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(cache_folder):
+    start.start(TINY, fit_mesh=False)
+    assert jax.config.jax_compilation_cache_dir == str(cache_folder / "maxsep" / "xla")
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(cache_folder, capsys):
+    cache_folder.write_text("a file")
+    start.start(TINY, fit_mesh=False)
+    error = capsys.readouterr().err
+    assert error == f"warning: no compilation cache in {cache_folder}/maxsep/xla: Not a directory\n"
+
+
+def test_a_cache_that_the_user_names_stays(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    start.start(TINY, fit_mesh=False)
+    assert jax.config.jax_compilation_cache_dir == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float64_is_on_only_where_it_is_asked_for():
+    start.start(dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="float64")), fit_mesh=False)
+    assert jax.config.jax_enable_x64
+    start.start(TINY, fit_mesh=False)
+    assert not jax.config.jax_enable_x64

@@ -1,0 +1,112 @@
+"""The train step and the evaluation step as functions of state and batch."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import config, text
+
+from maxsep.parallel.mesh import make_mesh
+from maxsep.training.run import Run
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole", "zero1"])
+def stepped(request):
+    """A run on 2x2 with its compiled step, and batches."""
+    c = config((2, 2), optimizer={"zero1": request.param})
+    with jax.set_mesh(make_mesh(c)):
+        run = Run(c)
+        step = run.compile_train_step()
+        batches = [jax.device_put(batch, run.batch_sharding) for batch in text(c, 2)]
+        yield run, step, batches
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def broken(state):
+    """The state with one parameter that is not a number, on which no step can be finite."""
+    final_norm = jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.params["final_norm"])
+    return replace(state, params=state.params | {"final_norm": final_norm})
+
+
+def test_a_non_finite_step_changes_nothing_and_is_counted(stepped):
+    run, step, batches = stepped
+    state, metrics = step(run.new_state(), batches[0])
+    assert metrics["skipped"].tolist() == [0, 0]
+    good = jax.device_get(state.params)
+    state = broken(state)
+    for count in (1, 2):
+        before = jax.device_get(state)
+        state, metrics = step(state, batches[1])
+        after = jax.device_get(state)
+        assert not np.isfinite(metrics["total_loss"])
+        assert metrics["skipped"].tolist() == after.skipped.tolist() == [count, count]
+        assert after.step == 1 + count
+        unbroken = [[x for x in jax.tree.leaves(s.params) if np.isfinite(x).all()] for s in (before, after)]
+        assert len(unbroken[0]) == len(jax.tree.leaves(before.params)) - 1
+        assert same(*unbroken)
+        assert same(before.optimizer, after.optimizer)
+    whole = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), good, run.abstract_state.params)
+    state, metrics = step(replace(state, params=whole), batches[1])
+    assert metrics["skipped"].tolist() == [2, 0]
+    assert not same(good, jax.device_get(state.params))
+
+
+def test_shapes_types_and_shardings_of_the_state_stay(stepped):
+    run, step, batches = stepped
+    state = run.new_state()
+    for held in (state, step(state, batches[0])[0]):
+        for leaf, like in zip(jax.tree.leaves(held), jax.tree.leaves(run.abstract_state), strict=True):
+            assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+
+
+def test_evaluation_is_the_training_loss_before_the_update(stepped):
+    run, step, batches = stepped
+    state = run.new_state()
+    evaluation = run.eval_step(state.params, batches[0])
+    _, metrics = step(state, batches[0])
+    assert float(evaluation.targets) == run.tokens
+    assert float(evaluation.cross_entropy) / run.tokens == pytest.approx(float(metrics["loss"]), rel=1e-6)
+
+
+def test_padding_is_not_evaluated(stepped):
+    run, _, batches = stepped
+    params = run.new_state().params
+    short = np.asarray(batches[0]).copy()
+    short[:, -2:] = -1  # rows that fill up the last batch
+    short[:, 0, 9:] = -1  # a record that is partly filled
+    evaluation = run.eval_step(params, jax.device_put(short, run.batch_sharding))
+    assert float(evaluation.targets) == (short[..., 1:] >= 0).sum()
+    whole = run.eval_step(params, batches[0])
+    assert float(evaluation.cross_entropy) < float(whole.cross_entropy)
+
+
+def test_gradients_are_added_over_micro_batches():
+    """Without the auxiliary losses, which are over micro-batches, accumulation changes nothing."""
+    norms = []
+    batch = text(config(), 1).reshape(16, -1)
+    for accumulation in (1, 4):
+        off = {"load_balancing_coefficient": 0.0, "router_z_coefficient": 0.0}
+        c = config((2, 2), train={"accumulation": accumulation}, model=off)
+        with jax.set_mesh(make_mesh(c)):
+            run = Run(c)
+            placed = jax.device_put(batch.reshape(run.batch_shape), run.batch_sharding)
+            _, metrics = run.compile_train_step()(run.new_state(), placed)
+            norms.append([float(metrics[name]) for name in ("loss", "total_loss", "grad_norm")])
+            assert metrics["load_le"].sum(axis=1).tolist() == [16 * 32 * 2] * 2
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(4, 4), (1, 16)])
+def test_initial_weights_do_not_depend_on_the_mesh(mesh):
+    """Equal to the last bits: on another shape of an array XLA's CPU code may round the inverse error function otherwise."""  # noqa: E501
+    drawn = []
+    for shape in [(1, 1), mesh]:
+        with jax.set_mesh(make_mesh(config(shape))):
+            drawn.append(jax.device_get(Run(config(shape)).new_state().params))
+    jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, maxulp=4), *drawn)
