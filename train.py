@@ -8,8 +8,8 @@ import sys
 
 from absl import flags
 
-from maxsep import prepare
 from maxsep.config import cli
+from maxsep.data import preparation
 from maxsep.output import workdir
 from maxsep.parallel.start import start
 
@@ -24,7 +24,7 @@ def main(args: cli.Args) -> None:
     named = args.flags.workdir
     folder = cli.workdir(f"runs/{args.config.name}" if named is None else named, exists=not training)
     workdir.check_start(folder, args.config, training)
-    prepare.check(args.config)
+    preparation.check(args.config)
     config = start(args.config, args.fit_mesh, training)
     from maxsep.training import trainer  # imports JAX, which must wait until the flags are right
 

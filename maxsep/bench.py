@@ -59,14 +59,14 @@ def main(args: cli.Args) -> None:
 
 def train(config: Config, names: list[str], options) -> list[dict]:
     """The measurements of maxsep and of the peers `names`; those that could not run have only `system` and `error`."""
-    from maxsep.measure import parts
-    from maxsep.output import console, metrics
+    from maxsep.measure import flops, parts
+    from maxsep.output import console
     from maxsep.training.run import Run
 
     run = Run(config, end_of_text=0)  # any id: what it costs to keep attention within documents does not depend on it
     print(console.table(f"bench train: {config.name}", run.described()), flush=True)
     say("maxsep: compiling")
-    step, product = Step(run), metrics.Product(run.mesh, config.model.dtype)
+    step, product = Step(run), flops.Product(run.mesh, config.model.dtype)
     for _ in range(options.warmup):
         step()
     product()
@@ -96,7 +96,7 @@ def train(config: Config, names: list[str], options) -> list[dict]:
     for name in turns:
         result = results[name] = measurement(results[name], taken[name])
         result["peak_flops"] = peak
-        result["peak_share"] = metrics.mfu(result["tokens_per_second"], run.flops / run.tokens, peak)
+        result["peak_share"] = flops.mfu(result["tokens_per_second"], run.flops / run.tokens, peak)
     if options.parts:
         say("maxsep: profiling")
         results["maxsep"]["parts"] = parts.measure(step, step.compiled.as_text())

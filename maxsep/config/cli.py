@@ -32,8 +32,8 @@ from ml_collections import config_flags
 from maxsep.config import paths
 from maxsep.config.paths import REPOSITORY
 from maxsep.config.schema import Config, ConfigError, fields, from_config_dict, mistyped, to_config_dict, unknown_field
+from maxsep.config.stored import read_config
 from maxsep.config.validate import validate
-from maxsep.output.workdir import read_config
 
 # Exit statuses; anything that is nobody's mistake but a crash is CRASHED.
 DONE, USER_ERROR, CRASHED, PEER_LOST, NONFINITE, SAVE_FAILED, STOPPED = 0, 2, 70, 71, 72, 73, 75

@@ -1,1 +1,1 @@
-"""Text into batches: sources -> tokenizer -> packed records on disk -> batches. `maxsep.prepare` puts them together."""
+"""Text into batches: sources -> tokenizer -> packed records on disk -> batches. preparation.py puts them together."""

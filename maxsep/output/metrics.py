@@ -4,127 +4,12 @@ import errno
 import json
 import math
 import os
-import time
-from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from maxsep.config import ModelConfig
 from maxsep.output.durable import finite, write_text
-
-# Dense peak of matrix products with float32 accumulation, 1e12 FLOP/s a device, from the makers' data sheets: bfloat16,
-# float32, float64. None: the device has no such unit, or the sheet no such figure. float32 is what JAX does with
-# float32 products by default: TF32 on NVIDIA GPUs from Ampere on, bfloat16 passes on TPUs.
-# The first name that begins the device's kind counts, so longer names come first.
-PEAKS: dict[str, tuple[float | None, float | None, float | None]] = {
-    "NVIDIA GB200": (2500, 1250, 40),
-    "NVIDIA B200": (2250, 1125, 37),
-    "NVIDIA GH200": (989.4, 494.7, 67),
-    "NVIDIA H200 NVL": (835.5, 417.5, 60),
-    "NVIDIA H200": (989.4, 494.7, 67),
-    "NVIDIA H100 NVL": (835.5, 417.5, 60),
-    "NVIDIA H100 PCIe": (756, 378, 51),
-    "NVIDIA H100": (989.4, 494.7, 67),
-    "NVIDIA A100": (312, 156, 19.5),
-    "NVIDIA A40": (149.7, 74.8, None),
-    "NVIDIA A30": (165, 82, 10.3),
-    "NVIDIA A10G": (70, 35, None),
-    "NVIDIA A10": (125, 62.5, None),
-    "NVIDIA RTX A6000": (154.8, 77.4, None),
-    "NVIDIA L40S": (362, 183, None),
-    "NVIDIA L40": (181, 90.5, None),
-    "NVIDIA L4": (121, 60, None),
-    "NVIDIA GeForce RTX 5090": (209.5, 104.8, None),
-    "NVIDIA GeForce RTX 4090": (165.2, 82.6, None),
-    "NVIDIA GeForce RTX 3090": (71, 35.6, None),
-    "Tesla V100": (None, 15.7, 7.8),
-    "Tesla T4": (None, 8.1, None),
-    "TPU v2": (22.5, 22.5, None),  # a device is a core, half a chip
-    "TPU v3": (61.5, 61.5, None),  # likewise
-    "TPU v4": (275, 275, None),
-    "TPU v5 lite": (197, 197, None),  # v5e
-    "TPU v5": (459, 459, None),  # v5p
-    "TPU v6 lite": (918, 918, None),  # v6e
-    "TPU7x": (1153.5, 1153.5, None),  # a device is half a chip
-}
-
-
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Floating-point operations of a training step, a token: those of the matrix products that the model needs.
-
-    Forward and backward are three times forward. Causal attention has (sequence_length / 2) keys a token on average;
-    the embedding's look-up, norms, softmax and what rematerialisation repeats count nothing (MFU as in PaLM,
-    arXiv:2204.02311, appendix B, but causal).
-    """
-    width = model.heads * model.head_size
-    projections = 2 * model.d_model * (width + model.n_kv_heads * model.head_size)
-    scores = 2 * width * sequence_length / 2
-    router = model.d_model * model.experts
-    matrices = 3 if model.activation == "swiglu" else 2
-    experts = model.top_k * matrices * model.d_model * model.d_ff
-    head = model.d_model * model.vocab_size
-    return 3 * 2 * (model.layers * (projections + scores + router + experts) + head)
-
-
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """FLOP/s that one device's data sheet promises for matrix products in `dtype`; None where it is not known."""
-    column = ("bfloat16", "float32", "float64").index(dtype)
-    for kind, peaks in PEAKS.items():
-        if device.device_kind.startswith(kind):
-            return peaks[column] and peaks[column] * 1e12
-    return None
-
-
-class Product:
-    """A square matrix product on every device of a mesh at once, waited for: `flops` operations."""
-
-    def __init__(self, mesh: Mesh, dtype: str):
-        size = 1536 if mesh.devices.flat[0].platform == "cpu" else 8192
-        shape, sharding = (mesh.size, size, size), NamedSharding(mesh, P(mesh.axis_names))
-        # A float32 result: for a bfloat16 one XLA's CPU backend may take twice as long.
-        wide = jnp.promote_types(dtype, jnp.float32)
-        with jax.set_mesh(mesh):  # whatever mesh the run has set
-            self.x = jax.jit(partial(jax.random.normal, shape=shape, dtype=dtype, out_sharding=sharding))(
-                jax.random.key(0)
-            )
-            multiply = partial(jnp.einsum, "nij,njk->nik", preferred_element_type=wide)
-            self.multiply = jax.jit(multiply).lower(self.x, self.x).compile()
-        self.flops = 2 * mesh.size * size**3
-
-    def __call__(self) -> None:
-        self.multiply(self.x, self.x).block_until_ready()
-
-
-def measured_peak(dtype: str) -> float:
-    """FLOP/s of matrix products on the machine's CPU, the best of a few. Takes about 0.2 s.
-
-    One simulated device's product uses all cores, so this is the peak of all of them together.
-    """
-    product = Product(Mesh(jax.devices("cpu")[:1], ("one",), axis_types=(AxisType.Explicit,)), dtype)
-    seconds = []
-    while len(seconds) < 3 or (sum(seconds) < 0.2 and len(seconds) < 20):
-        start = time.perf_counter()
-        product()
-        seconds.append(time.perf_counter() - start)
-    return product.flops / min(seconds)
-
-
-def machine_peak(devices: list[jax.Device], dtype: str) -> float | None:
-    """FLOP/s of all `devices` together: from data sheets, or measured on a CPU. None where a device is not known."""
-    if devices[0].platform == "cpu":
-        return measured_peak(dtype)
-    peaks = [peak_flops(device, dtype) for device in devices]
-    return None if None in peaks else sum(peaks)
-
-
-def mfu(tokens_per_second: float, flops_a_token: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation: the share of `peak` that the model's own matrix products take."""
-    return None if peak is None else tokens_per_second * flops_a_token / peak
 
 
 def perplexity(loss: float) -> float:

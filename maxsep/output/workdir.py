@@ -8,14 +8,14 @@ summary.json     the result, at the end
 
 import dataclasses
 import importlib.metadata
-import json
 import platform
 import subprocess
 import sys
 from operator import attrgetter
 from pathlib import Path
 
-from maxsep.config import Config, ConfigError, fields, from_config_dict, paths
+from maxsep.config import Config, ConfigError, fields, paths
+from maxsep.config.stored import read_config
 from maxsep.output.durable import write_json
 
 # What may change when a run goes on: what changes its result by rounding at most, or only how long it runs and what it
@@ -132,24 +132,6 @@ def write_config(workdir: Path, config: Config, corpus_fingerprint: str) -> None
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
     }
     write_json(workdir / "config.json", record)
-
-
-def read_config(workdir: Path) -> tuple[Config, dict]:
-    """The config of the run in `workdir`, and all of its `config.json`.
-
-    Raises:
-        ConfigError: it is missing, no JSON, or of another version of the schema.
-    """
-    path = workdir / "config.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return from_config_dict(record["config"]), record
-    except FileNotFoundError:
-        raise ConfigError(f"--workdir: {workdir} has no config.json; takes the folder of a run") from None
-    except ConfigError as e:
-        raise ConfigError(f"{path}: {e}") from e
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"--workdir: {path} cannot be read: {type(e).__name__}: {e}") from e
 
 
 def _git_commit() -> str | None:

@@ -13,6 +13,7 @@ from maxsep.config import Config
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
+from maxsep.measure import flops
 from maxsep.output import metrics
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import init_checkpoints
@@ -39,7 +40,7 @@ class Run:
         self.eval_shape = (1, micro_batch, length + 1)
         self.batch_sharding = NamedSharding(self.mesh, self.program.batch_spec)
         self.tokens = train.batch_size * length  # a step
-        self.flops = self.tokens * metrics.flops_per_token(config.model, length)  # a step
+        self.flops = self.tokens * flops.flops_per_token(config.model, length)  # a step
         self.eval_step = jax.jit(self.program.eval_step)
 
     def _placed(self, tree):
@@ -104,7 +105,7 @@ class Run:
             "step_seconds": seconds,
             "tokens_per_second": speed,
             "tokens_per_second_per_device": speed / self.mesh.size,
-            "mfu": metrics.mfu(speed, self.flops / self.tokens, peak),
+            "mfu": flops.mfu(speed, self.flops / self.tokens, peak),
             "dropped_fraction": float(dropped_l.sum() / load_le.sum()),
             "skipped_steps": int(skipped[0]),
             **load,

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import jax
 
-from maxsep import prepare
 from maxsep.config import Config, ConfigError, cli
+from maxsep.data import preparation
 from maxsep.data.feed import to_mesh
 from maxsep.data.records import Corpus
+from maxsep.measure import flops
 from maxsep.output import console, metrics, workdir
 from maxsep.output.checkpoint import Checkpoints, SaveError
 from maxsep.output.metrics import MetricsWriter
@@ -32,11 +33,11 @@ def train(config: Config, folder: Path) -> None:
     saved = workdir.has_checkpoint(folder)
     resuming = saved or (folder / "config.json").exists()
     config = workdir.check_resume(folder, config) if resuming else workdir.resolve(config)
-    corpus = prepare.ensure(config, console.say)
+    corpus = preparation.ensure(config, console.say)
     if resuming:
         workdir.check_resume(folder, config, corpus.fingerprint)
     mesh = make_mesh(config)
-    peak = metrics.machine_peak(list(mesh.devices.flat), config.model.dtype)
+    peak = flops.machine_peak(list(mesh.devices.flat), config.model.dtype)
     with jax.set_mesh(mesh), ExitStack() as stack:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
@@ -89,7 +90,7 @@ def _logged(folder: Path, step: int) -> set[str]:
 def evaluate(config: Config, folder: Path) -> None:
     """Prints the held-out loss of the run's latest checkpoint; changes nothing."""
     config = workdir.check_resume(folder, config)
-    corpus = prepare.ensure(config, console.say)
+    corpus = preparation.ensure(config, console.say)
     workdir.check_resume(folder, config, corpus.fingerprint)
     with jax.set_mesh(make_mesh(config)), Checkpoints(folder / workdir.CHECKPOINTS, read_only=True) as checkpoints:
         run, step = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size), checkpoints.latest_step()

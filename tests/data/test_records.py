@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxsep import prepare
 from maxsep.config import Config, DataConfig, ModelConfig
-from maxsep.data import files, loader, packing, records
+from maxsep.data import files, loader, packing, preparation, records
 from maxsep.data.files_source import place
 from maxsep.data.records import Corpus, Damaged
 
@@ -31,7 +30,7 @@ def config(folder, texts=None, **data):
 
 
 def ensure(folder, texts=None, **data):
-    return prepare.ensure(config(folder, texts, **data), lambda line: None)
+    return preparation.ensure(config(folder, texts, **data), lambda line: None)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +95,7 @@ def test_ids_of_any_size_are_kept(tmp_path, name, monkeypatch):
     monkeypatch.setattr(packing, "id_dtype", lambda size: np.dtype(np.uint32))
     monkeypatch.setattr(records, "id_dtype", lambda size: np.dtype(np.uint32))
     made = config(tmp_path, ["hello world, said the tokenizer"] * 9, tokenizer=name)
-    corpus = prepare.ensure(Config(data=made.data, model=ModelConfig(vocab_size=50257)), print)
+    corpus = preparation.ensure(Config(data=made.data, model=ModelConfig(vocab_size=50257)), print)
     assert corpus.tokenizer.decode(stream(corpus.eval)) == "hello world, said the tokenizer" + END
 
 
@@ -122,7 +121,7 @@ def test_a_damaged_corpus_is_never_silently_shorter(tmp_path, how):
     with pytest.raises(Damaged, match="is damaged"):
         Corpus(corpus.folder, corpus.tokenizer)
     log = []
-    again = prepare.ensure(config(tmp_path), log.append)
+    again = preparation.ensure(config(tmp_path), log.append)
     assert stream(again.train) == whole and again.fingerprint == corpus.fingerprint
     assert "is damaged" in log[0]
 

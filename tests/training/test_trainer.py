@@ -11,8 +11,8 @@ import pytest
 from runs import SMALL, checkpoints, snapshot, steps
 
 import train
-from maxsep import prepare
 from maxsep.config import cli
+from maxsep.data import preparation
 from maxsep.training.run import Run
 
 STEPS = "--config.train.steps="
@@ -154,7 +154,7 @@ def test_parameters_that_are_not_there_are_told_before_data_is_prepared(call, fi
     status, _, err = call(workdir, train__init_from=finished, model__d_ff=32)
     assert status == cli.USER_ERROR and re.fullmatch(r"error: .*experts.* is float32\[.*\] there and .*\n", err)
     (empty / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(prepare, "ensure", None)
+    monkeypatch.setattr(preparation, "ensure", None)
     for path in (tmp_path / "nowhere", empty):
         status, _, err = call(workdir, train__init_from=path)
         takes = "which has no checkpoint; takes the folder of a run"

@@ -1,3 +1,5 @@
+"""A config's corpus, and the command that prepares it ahead of training."""
+
 import dataclasses
 import fcntl
 import json
@@ -13,7 +15,7 @@ import pytest
 
 from maxsep import prepare
 from maxsep.config import Config, ConfigError, DataConfig, ModelConfig, cli
-from maxsep.data import packing
+from maxsep.data import packing, preparation
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(cli.REPOSITORY)}  # also where the package is not installed
 TEXTS = [f"text {i} " * (i % 9 + 1) for i in range(200)]
@@ -40,7 +42,7 @@ def config(text, folder, **data):
 
 
 def ensure(text, folder, log=None, **data):
-    return prepare.ensure(config(text, folder, **data), (log if log is not None else []).append)
+    return preparation.ensure(config(text, folder, **data), (log if log is not None else []).append)
 
 
 def run(path, cache, *flags):
@@ -163,8 +165,8 @@ def _wait_until_gone(group):
 
 def test_two_at_once_prepare_it_once(files, tmp_path, small_units, monkeypatch):
     count = []
-    real = prepare.packing.pack
-    monkeypatch.setattr(prepare.packing, "pack", lambda *args: count.append(args[1]) or real(*args))
+    real = packing.pack
+    monkeypatch.setattr(packing, "pack", lambda *args: count.append(args[1]) or real(*args))
     made, log = [], []
     threads = [
         threading.Thread(target=lambda: made.append(ensure(files, tmp_path / "cache", log).fingerprint))
@@ -178,7 +180,7 @@ def test_two_at_once_prepare_it_once(files, tmp_path, small_units, monkeypatch):
 
 
 def test_who_waits_says_so(files, tmp_path):
-    folder = prepare._Preparation(config(files, tmp_path / "cache"), print).folder()
+    folder = preparation.Preparation(config(files, tmp_path / "cache"), print).folder()
     folder.parent.mkdir(parents=True)
     log = []
     with open(folder.with_name(folder.name + ".lock"), "w") as lock:
@@ -196,7 +198,7 @@ def test_a_large_source_is_prepared_ahead(files, tmp_path, monkeypatch, capsys):
     asked = config(files, tmp_path / "cache")
     flags = [f"--config.data.{name}={value}" for name, value in dataclasses.asdict(asked.data).items()]
     monkeypatch.setattr(sys, "argv", ["train.py", "--workdir=x", "--config", "configs/tiny.py", *flags, "--mode=train"])
-    monkeypatch.setattr(prepare, "LARGE", 100)
+    monkeypatch.setattr(preparation, "LARGE", 100)
     monkeypatch.chdir(cli.REPOSITORY)
     with pytest.raises(ConfigError) as error:
         ensure(files, tmp_path / "cache")
@@ -256,21 +258,21 @@ def test_a_mistake_in_a_worker_is_the_users_line(files, tmp_path, capsys):
 def test_a_model_with_too_few_ids_is_refused(files, tmp_path):
     made = config(files, tmp_path / "cache")
     with pytest.raises(ConfigError, match=r"^model\.vocab_size: got 256; takes at least 257"):
-        prepare.ensure(Config(data=made.data, model=ModelConfig(vocab_size=256)), print)
+        preparation.ensure(Config(data=made.data, model=ModelConfig(vocab_size=256)), print)
 
 
 def test_the_default_corpus(tmp_path):
     """Built from this environment's packages; opened again without what built it."""
     log = []
     made = Config(data=DataConfig(tokenizer="gpt2:8192", sequence_length=128, cache=str(tmp_path)))
-    corpus = prepare.ensure(made, log.append)
+    corpus = preparation.ensure(made, log.append)
     assert corpus.eval.targets > 100_000 and corpus.train.targets > 1_000_000
     assert 6 < corpus.unigram_entropy < 7.5
     assert any(line.strip().startswith("scipy") for line in log) and "docstrings" in corpus.description
     heavy = "tensorflow_datasets", "pyarrow", "tokenizers", "grain", "jax"
     code = (
-        "import sys\nfrom maxsep import prepare\nfrom maxsep.config import *\n"
-        f"corpus = prepare.ensure(Config(data={made.data!r}), print)\n"
+        "import sys\nfrom maxsep.config import *\nfrom maxsep.data import preparation\n"
+        f"corpus = preparation.ensure(Config(data={made.data!r}), print)\n"
         f"print(corpus.fingerprint, *[name for name in {heavy} if name in sys.modules])"
     )
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)

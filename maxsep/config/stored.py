@@ -1,0 +1,24 @@
+"""The config that a run was started with, as its folder keeps it. output/workdir.py writes it."""
+
+import json
+from pathlib import Path
+
+from maxsep.config.schema import Config, ConfigError, from_config_dict
+
+
+def read_config(workdir: Path) -> tuple[Config, dict]:
+    """The config of the run in `workdir`, and all of its `config.json`.
+
+    Raises:
+        ConfigError: it is missing, no JSON, or of another version of the schema.
+    """
+    path = workdir / "config.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return from_config_dict(record["config"]), record
+    except FileNotFoundError:
+        raise ConfigError(f"--workdir: {workdir} has no config.json; takes the folder of a run") from None
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"--workdir: {path} cannot be read: {type(e).__name__}: {e}") from e

@@ -1,0 +1,210 @@
+"""Brings a config's text into records: opened where that is done, else tokenised and packed below data.cache.
+
+What is finished is kept when it is interrupted; the next attempt goes on from there.
+"""
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from maxsep.config import Config, ConfigError, cli
+from maxsep.data import cache, packing, sources, tokenizer
+from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
+from maxsep.output.durable import write_json
+
+LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
+RATE = 2_000_000  # tokens/s that a process prepares, roughly
+HASH_RATE = 500_000_000  # bytes/s that are read for a file's hash, roughly
+BYTES_A_TOKEN = 4  # of English text in GPT-2's tokens, roughly
+
+
+def ensure(config: Config, log: Callable[[str], None]) -> Corpus:
+    """The config's corpus: opened where it is prepared, else prepared now if it is small.
+
+    Raises:
+        ConfigError: data that is not there or cannot be read, or so much that it has to be prepared ahead.
+    """
+    return Preparation(config, log).open_or_prepare(1, seldom(log, 5), LARGE)
+
+
+def check(config: Config) -> None:
+    """Opens what the config names as data and tokenizer; reads no text.
+
+    Raises:
+        ConfigError: one of them is not there, or of no known kind.
+    """
+    preparation = Preparation(config, lambda line: None)
+    preparation.source.check_splits(config.data.split, config.data.eval_split)
+
+
+class Preparation:
+    """Text, tokenizer and cache of a config; raises what `check` does."""
+
+    def __init__(self, config: Config, log: Callable[[str], None]):
+        data = config.data
+        self.config, self.log = config, log
+        self.tokenizer = tokenizer.load(data.tokenizer)
+        ids = self.tokenizer.vocab_size
+        if config.model.vocab_size < ids:
+            takes = f"at least {ids}, as data.tokenizer is {data.tokenizer}"
+            raise ConfigError(f"model.vocab_size: got {config.model.vocab_size}; takes {takes}")
+        self.cache = cache.root(data.cache)
+        self.source = sources.find(data, self.cache)
+
+    def open_or_prepare(self, workers: int, progress: Callable[[str], None], limit: float) -> Corpus:
+        """The corpus, prepared if it is missing, damaged, and has at most about `limit` tokens."""
+        if self.source.bytes > limit * BYTES_A_TOKEN and not self.source.quick_fingerprint():
+            raise self.too_large()
+        folder = self.folder()
+        if corpus := self.open(folder):
+            return corpus
+        if self.estimate() > limit:
+            raise self.too_large()
+        with cache.locked(folder, self.log):
+            corpus = self.open(folder)  # another process may have prepared it meanwhile
+            if corpus is None:
+                self.prepare(folder, workers, progress)
+                corpus = Corpus(folder, self.tokenizer)
+        return corpus
+
+    @functools.cached_property
+    def source_fingerprint(self) -> str:
+        return self.source.fingerprint(self.log)
+
+    def folder(self) -> Path:
+        """Where the corpus belongs, named by a hash of all that decides its records."""
+        data = self.config.data
+        limits = (data.sequence_length, data.split, data.eval_split, data.max_tokens, data.eval_max_tokens)
+        key = (FORMAT, self.tokenizer.fingerprint, self.source_fingerprint, limits)
+        return self.cache / "records" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+    def open(self, folder: Path) -> Corpus | None:
+        if not folder.exists():
+            return None
+        try:
+            return Corpus(folder, self.tokenizer)
+        except Damaged as error:
+            self.log(f"{error}; preparing it anew")
+            return None
+
+    def prepare(self, folder: Path, workers: int, progress: Callable[[str], None]) -> None:
+        data = self.config.data
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
+        partial.mkdir(parents=True, exist_ok=True)
+        for file in partial.glob("*.partial"):  # what a process that was killed had begun
+            file.unlink()
+        try:
+            self.source.prepare(self.log)
+            parts = self.source.splits(data.split, data.eval_split)
+            self.log(f"preparing {self.source.description}, with the tokenizer {data.tokenizer}")
+            manifest = {}
+            for split, pieces, most in zip(
+                ("train", "eval"), parts, (data.max_tokens, data.eval_max_tokens), strict=True
+            ):
+                manifest[split] = packing.pack(
+                    partial,
+                    split,
+                    self.source.read,
+                    pieces,
+                    data.tokenizer,
+                    data.sequence_length,
+                    most,
+                    workers,
+                    progress,
+                )
+            self.check(manifest["train"]["tokens"], manifest["eval"]["tokens"])
+        except ConfigError:
+            if not any(partial.glob("*-progress.json")):  # nothing worth keeping
+                shutil.rmtree(partial)
+            raise
+        except OSError as error:
+            raise ConfigError(f"data.cache: cannot write below {partial} ({error})") from None
+        manifest = self.describe(manifest)
+        write_json(partial / "manifest.json", manifest | {"checksum": checksum(manifest)})
+        for file in partial.glob("*-progress.json"):
+            file.unlink()
+        partial.rename(folder)
+
+    def check(self, train_tokens: int, eval_tokens: int) -> None:
+        data = self.config.data
+        limits = {"max_tokens": train_tokens, "eval_max_tokens": eval_tokens}
+        for field, tokens in limits.items():
+            if tokens < 2 and getattr(data, field) is not None:
+                raise ConfigError(f"data.{field}: got {getattr(data, field)}; takes None, or at least 2 tokens")
+        if train_tokens + eval_tokens < 2 and data.split is None and data.eval_split is None:
+            raise ConfigError(f"data.path: got {data.path!r}, which holds no text; takes text")
+        for field, tokens in (("split", train_tokens), ("eval_split", eval_tokens)):
+            if tokens < 2:
+                got = f"got {getattr(data, field)}, which holds no text (documents are not cut)"
+                raise ConfigError(f"data.{field}: {got}; takes a larger slice, or data.path more documents")
+        if train_tokens <= data.sequence_length:
+            takes = f"less than the {train_tokens} tokens of the training split"
+            raise ConfigError(f"data.sequence_length: got {data.sequence_length}; takes {takes}")
+
+    def describe(self, splits: dict) -> dict:
+        """The manifest of the packed splits, without its checksum."""
+        data = self.config.data
+        train, held_out = splits["train"].pop("counts"), splits["eval"].pop("counts")
+        identity = {"tokenizer": self.tokenizer.fingerprint, "sequence_length": data.sequence_length}
+        shards = [[shard["sha256"] for shard in splits[name]["shards"]] for name in ("train", "eval")]
+        source = {"kind": data.source, "description": self.source.description}
+        return identity | {
+            "format": FORMAT,
+            "fingerprint": checksum(identity | {"shards": shards}),
+            "source": source | {"fingerprint": self.source_fingerprint},
+            "split": data.split,
+            "eval_split": data.eval_split,
+            "unigram_entropy": unigram_entropy(train, held_out),
+            **splits,
+        }
+
+    def estimate(self) -> int:
+        """Tokens to prepare, roughly."""
+        data = self.config.data
+        tokens = self.source.bytes // (1 if data.tokenizer == "bytes" else BYTES_A_TOKEN)
+        held_out = tokens // 10
+        return min(tokens - held_out, data.max_tokens or tokens) + min(held_out, data.eval_max_tokens or tokens)
+
+    def too_large(self) -> ConfigError:
+        tokens, workers = self.estimate(), os.cpu_count()
+        # Whatever max_tokens says, files are read to their end once, for their hash.
+        hashing = 0 if self.source.quick_fingerprint() else self.source.bytes / HASH_RATE
+        minutes = max(1, round((tokens / RATE / workers + hashing) / 60))
+        gigabytes = tokens * packing.id_dtype(self.tokenizer.vocab_size).itemsize / 1e9
+        command = ["python", "-m", "maxsep.prepare", *cli.config_arguments(sys.argv)]
+        return ConfigError(
+            f"data.path: {self.source.description} ({self.source.bytes / 1e9:.1f} GB) is not prepared: about "
+            f"{tokens / 1e6:,.0f} M tokens, {gigabytes:.1f} GB of disk, {minutes} minutes on {workers} cores; "
+            f"first run: {shlex.join(command)}"
+        )
+
+
+def unigram_entropy(train_counts: np.ndarray, eval_counts: np.ndarray) -> float:
+    """Nats a token of the held-out tokens, under the training tokens' frequencies with one added to every count.
+
+    Args: int64 [vocab_size] each, how often an id is predicted.
+    """
+    share = (train_counts + 1) / (train_counts.sum() + len(train_counts))
+    return float(-(eval_counts * np.log(share)).sum() / eval_counts.sum())
+
+
+def seldom(log: Callable[[str], None], seconds: float) -> Callable[[str], None]:
+    """Lets a line through once in so many seconds."""
+    last = time.monotonic()
+
+    def line(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            log(text)
+
+    return line
