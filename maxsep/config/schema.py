@@ -50,6 +50,9 @@ class MeshConfig:
     def devices(self) -> int:
         return math.prod(self.shape)
 
+    def __str__(self) -> str:
+        return f"stage {self.stage} x attention {self.attention} x expert {self.expert}"
+
 
 @dataclass(frozen=True)
 class TrainConfig:

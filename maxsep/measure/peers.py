@@ -39,6 +39,7 @@ def check(config: Config) -> None:
     model = config.model
     takes = (
         ("layout", config.layout, ("ma",)),
+        ("mesh.stage", config.mesh.stage, (1,)),
         ("train.accumulation", config.train.accumulation, (1,)),
         ("data.cross_document_attention", config.data.cross_document_attention, (True,)),
         ("model.activation", model.activation, ("swiglu",)),

@@ -136,7 +136,7 @@ def attention_kernel(model: ModelConfig, platform: str) -> str:
     # cuDNN's flash attention takes 16-bit numbers, and heads of multiples of 8 up to 128 on every GPU since Ampere.
     obstacle = None
     if platform not in ("gpu", "cuda"):
-        obstacle = f"this machine's backend is {platform}"
+        obstacle = f"the platform is {platform}"
     elif jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8:
         obstacle = f"this machine has {jax.devices()[0].device_kind}, older than Ampere"
     elif model.dtype != "bfloat16":

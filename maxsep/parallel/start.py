@@ -47,12 +47,9 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
     devices = jax.devices()
     if devices[0].platform != "cpu" and fit_mesh:
         config = fitted(config, len(devices))
-        print(f"mesh fitted to {describe(devices)}: {_shape(config.mesh)}", flush=True)
+        print(f"mesh fitted to {describe(devices)}: {config.mesh}", flush=True)
     if config.mesh.devices > len(devices):
-        raise ConfigError(
-            f"mesh.attention x mesh.expert: got {_shape(config.mesh)} = {config.mesh.devices} devices; "
-            f"takes at most {describe(devices)}"
-        )
+        raise ConfigError(f"mesh: got {config.mesh} = {config.mesh.devices} devices; takes at most {describe(devices)}")
     if config.mesh.devices < len(devices):
         print(f"using the first {config.mesh.devices} of {describe(devices)}", flush=True)
     _check_memory(config, devices[: config.mesh.devices], training)
@@ -60,22 +57,25 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
 
 
 def fitted(config: Config, devices: int) -> Config:
-    """`config` on the squarest mesh of at most `devices` devices, as many as possible, that divides what it splits."""
-    for count in range(devices, 0, -1):
+    """`config` on a mesh that divides what it splits, of as many of the `devices` devices as possible.
+
+    The stages stay; the other two axes are as equal as can be.
+
+    Raises:
+        ConfigError: no such mesh has this many stages on so few devices.
+    """
+    stage = config.mesh.stage
+    for count in range(devices // stage, 0, -1):
         for attention in range(math.isqrt(count), 0, -1):
             if count % attention == 0:
-                mesh = MeshConfig(attention=attention, expert=count // attention)
+                mesh = MeshConfig(stage, attention, count // attention)
                 candidate = dataclasses.replace(config, mesh=mesh)
                 try:
                     validate(candidate)
                 except ConfigError:
                     continue
                 return candidate
-    raise AssertionError("a mesh of one device fits every valid config")
-
-
-def _shape(mesh: MeshConfig) -> str:
-    return f"{mesh.attention} x {mesh.expert}"
+    raise ConfigError(f"mesh.stage: got {stage}; takes a number of stages that {devices} devices can be split into")
 
 
 def _xla_flag(flag: str) -> None:

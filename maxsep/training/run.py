@@ -28,12 +28,19 @@ class Run:
         config: a checked config.
         end_of_text: the tokenizer's id of it, for attention that stays within documents.
         ids: number of ids of the tokenizer; the others have no probability. None: all of `model.vocab_size`.
+        platform: of the devices to compile for: cpu, gpu, tpu. None: that of the mesh's devices.
     """
 
-    def __init__(self, config: Config, end_of_text: int | None = None, ids: int | None = None):
+    def __init__(
+        self,
+        config: Config,
+        end_of_text: int | None = None,
+        ids: int | None = None,
+        platform: str | None = None,
+    ):
         train, length = config.train, config.data.sequence_length
         self.config, self.mesh = config, jax.sharding.get_mesh()
-        self.program = Program(config, end_of_text, ids)
+        self.program = Program(config, end_of_text, ids, platform or self.mesh.devices.flat[0].platform)
         self.abstract_state = self._placed(jax.eval_shape(self.program.init))
         micro_batch = train.batch_size // train.accumulation
         self.batch_shape = (train.accumulation, micro_batch, length + 1)
@@ -114,11 +121,11 @@ class Run:
 
     def described(self) -> dict[str, str]:
         """What runs, for the console."""
-        config, model, mesh = self.config, self.config.model, self.config.mesh
+        config, model = self.config, self.config.model
         micro = f" in {config.train.accumulation} micro-batches" if config.train.accumulation > 1 else ""
         capacity = "dropless" if model.capacity_factor is None else f"capacity {model.capacity_factor}"
         return {
-            "layout": f"{config.layout}: stage {mesh.stage} x attention {mesh.attention} x expert {mesh.expert}",
+            "layout": f"{config.layout}: {config.mesh}",
             "devices": describe(self.mesh.devices.ravel()),
             "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
             f"top {model.top_k}, {capacity}, {model.dtype}",

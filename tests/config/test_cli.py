@@ -54,7 +54,10 @@ MISTAKES = {
     "mesh that does not divide the experts": (["--config.mesh.expert=3"], "model.experts: got 16"),
     "mesh that does not divide the heads": (["--config.mesh.attention=32"], "model.heads: got 16"),
     "mesh that does not divide the batch": (["--config.mesh.expert=16", "--config.train.batch_size=8"], "batch_size"),
-    "mesh larger than the machine": (["--config.mesh.expert=16"], "mesh.attention x mesh.expert: got 4 x 16"),
+    "mesh larger than the machine": (
+        ["--config.mesh.expert=16"],
+        "mesh: got stage 1 x attention 4 x expert 16",
+    ),
     "model larger than the machine": (["--config.model.d_ff=2000000000"], "model: got "),
     # data and tokenizers
     "unknown source": (["--config.data.source=hub"], "data.source: got 'hub'"),

@@ -24,6 +24,15 @@ def test_the_mesh_is_fitted_to_the_devices(devices, mesh):
     assert start.fitted(TINY, devices) == on_mesh(*mesh)
 
 
+@pytest.mark.parametrize(("devices", "mesh"), [(16, (3, 1, 5)), (8, (3, 1, 2)), (3, (3, 1, 1))])
+def test_a_fitted_mesh_keeps_its_stages(monkeypatch, devices, mesh):
+    monkeypatch.setattr(start, "validate", lambda config: None)
+    staged = dataclasses.replace(TINY, mesh=MeshConfig(3, 4, 4))
+    assert start.fitted(staged, devices).mesh.shape == mesh
+    with pytest.raises(ConfigError, match=r"^mesh\.stage: got 3; takes a number of stages that 2 devices can"):
+        start.fitted(staged, 2)
+
+
 def test_the_mesh_stays_as_it_is_on_simulated_devices():
     assert start.start(TINY, fit_mesh=True) == TINY
 
@@ -34,7 +43,9 @@ def test_fewer_devices_than_there_are_are_said(capsys):
 
 
 def test_more_devices_than_there_are_are_refused():
-    with pytest.raises(ConfigError, match="got 4 x 8 = 32 devices; takes at most 16 x simulated CPU device"):
+    with pytest.raises(
+        ConfigError, match=r"^mesh: got stage 1 x attention 4 x expert 8 = 32 devices; takes at most 16 x"
+    ):
         start.start(on_mesh(4, 8), fit_mesh=False)
 
 

@@ -1,0 +1,41 @@
+"""What a config makes on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from small import config
+
+from maxsep.config import ConfigError
+from maxsep.parallel.mesh import make_mesh
+from maxsep.training.run import Run
+
+ON_GPU = {"dtype": "bfloat16", "head_dim": 8}  # what cuDNN's attention takes
+
+
+def run(platform=None, **model):
+    c = config(model=model)
+    with jax.set_mesh(make_mesh(c)):
+        return Run(c, platform=platform)
+
+
+def test_attention_is_that_of_the_platform_compiled_for():
+    for platform, kernel in ((None, "xla"), ("gpu", "cudnn"), ("tpu", "xla")):
+        made = run(platform, **ON_GPU)
+        assert made.program.kernel == made.described()["attention kernel"] == kernel
+    assert run("gpu").program.kernel == "xla"  # float32
+    with pytest.raises(ConfigError, match=r"^model\.attention_kernel: got cudnn, but the platform is cpu; takes xla"):
+        run(attention_kernel="cudnn", **ON_GPU)
+
+
+@pytest.mark.parametrize(("platform", "ragged"), [(None, False), ("gpu", True)])
+def test_experts_are_those_of_the_platform_compiled_for(platform, ragged):
+    made = run(platform)
+    batch = jax.ShapeDtypeStruct(made.eval_shape, jnp.int32, sharding=made.batch_sharding)
+    with jax.set_mesh(made.mesh):
+        traced = str(jax.make_jaxpr(made.program.eval_step)(made.abstract_state.params, batch))
+    assert ("ragged_dot" in traced) == ragged
+
+
+def test_the_platform_is_that_of_the_meshs_devices(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert run(**ON_GPU).program.layout.platform == "cpu"
