@@ -165,9 +165,11 @@ def attend(q_shq, k_skq, v_skq, segment_s):
 
 
 def dense_moe(x_td, w, layer, model, groups):
-    """Every expert on every token, weighted; the auxiliary losses, the load and the dropped choices."""
+    """Every expert on every token, weighted; the auxiliary losses, the dropped choices, the smallest gap (below)."""
     tokens = x_td.shape[0]
     scores = x_td @ w["router"]["w_lde"][layer]
+    ranked = jax.lax.stop_gradient(jnp.sort(scores, axis=-1)[:, ::-1])
+    gap = (ranked[:, model.top_k - 1] - ranked[:, model.top_k]).min() if model.top_k < model.experts else jnp.inf
     top, ids = jax.lax.top_k(scores, model.top_k)
     chosen_tne = ids[..., None] == jnp.arange(model.experts)
     kept = jnp.ones((tokens, model.top_k), bool)
@@ -188,13 +190,17 @@ def dense_moe(x_td, w, layer, model, groups):
     share = chosen_tne.sum(axis=(0, 1)) / (tokens * model.top_k)
     balancing = model.experts * (share * jax.nn.softmax(scores, axis=-1).mean(axis=0)).sum()
     z = (jax.nn.logsumexp(scores, axis=-1) ** 2).mean()
-    return y, balancing, z, (~kept).sum()
+    return y, balancing, z, (~kept).sum(), gap
 
 
 def model_loss(params, batch_abt, config, groups=(), end_of_text=None):
-    """Total loss of a step on records [accumulation, micro-batch, S + 1], and the cross-entropy a token."""
+    """Total loss of a step on records [accumulation, micro-batch, S + 1].
+
+    Also the cross-entropy a token, the dropped choices, and the smallest gap between a token's k-th and next router
+    score: where it is larger than rounding, another order of sums chooses the same experts.
+    """
     model = config.model
-    total_nll, auxiliary, dropped = 0.0, 0.0, 0
+    total_nll, auxiliary, dropped, gap = 0.0, 0.0, 0, jnp.inf
     for batch_bt in np.asarray(batch_abt):
         tokens, targets = np.maximum(batch_bt[:, :-1], 0), batch_bt[:, 1:]
         b, s = tokens.shape
@@ -210,9 +216,10 @@ def model_loss(params, batch_abt, config, groups=(), end_of_text=None):
             y = rms_norm(x, block["attention_norm"]["scale"][layer], model.norm_eps)
             x = x + jax.vmap(functools.partial(attention, w=w, layer=layer, model=model))(y, segments)
             y = rms_norm(x, block["moe_norm"]["scale"][layer], model.norm_eps).reshape(b * s, -1)
-            y, balancing, z, lost = dense_moe(y, block["moe"], layer, model, groups)
+            y, balancing, z, lost, least = dense_moe(y, block["moe"], layer, model, groups)
             auxiliary += model.load_balancing_coefficient * balancing + model.router_z_coefficient * z
             dropped += lost
+            gap = jnp.minimum(gap, least)
             x = x + y.reshape(b, s, -1)
         x = rms_norm(x, params["final_norm"]["scale"], model.norm_eps)
         table = params["embedding"]["table_vd"] if model.tied_embedding else params["head_vd"]
@@ -220,4 +227,4 @@ def model_loss(params, batch_abt, config, groups=(), end_of_text=None):
         nll = -jnp.take_along_axis(log_p, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
         total_nll += jnp.where(targets >= 0, nll, 0).sum()
     count = (np.asarray(batch_abt)[..., 1:] >= 0).sum()
-    return total_nll / count + auxiliary / len(batch_abt), (total_nll / count, dropped)
+    return total_nll / count + auxiliary / len(batch_abt), (total_nll / count, dropped, gap)

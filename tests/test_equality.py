@@ -1,4 +1,9 @@
-"""Layout never changes the result: loss and gradients of a step, and 20 losses, on every mesh shape."""
+"""Layout never changes the result: loss and gradients of a step, and 20 losses, on every mesh shape.
+
+In float32 rounding can tip a choice between two experts whose scores are almost equal; whether it does depends on the
+machine. So float32 is compared for one step only, on numbers that leave a gap at every choice. Longer runs and whatever
+else is compared between meshes are in float64, where a sum in another order moves nothing that matters.
+"""
 
 import functools
 import itertools
@@ -11,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from small import MESHES, config, named, text
+from small import MESHES, SEED, config, named, text
 
 from maxsep.config import Config, ConfigError
 from maxsep.config.paths import REPOSITORY
@@ -19,37 +24,44 @@ from maxsep.parallel.mesh import make_mesh
 from maxsep.training.run import Run
 
 END_OF_TEXT = 3
-ROUNDING = 1e-5  # of a leaf's largest entry; of the loss
+ROUNDING = {"float32": 1e-5, "float64": 1e-12}  # of a leaf's largest entry; of a loss
+GAP = 1e-5  # between the scores of the last chosen and the next expert, in float32; rounding moves them by a tenth
+
+
+def wide(c: Config):
+    """The context in which a config's program is made and run."""
+    return jax.enable_x64(c.model.dtype == "float64")
 
 
 @functools.cache
 def run(c: Config) -> Run:
-    with jax.set_mesh(make_mesh(c)):
+    with wide(c), jax.set_mesh(make_mesh(c)):
         made = Run(c, END_OF_TEXT)
     made.gradients = jax.jit(made.program._gradients)
     return made
 
 
+def placed(tree, like):
+    return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), tree, like)
+
+
 def gradients(c: Config, params, batch, step: int = 0):
     """Gradients and metrics of a step at `params`, as the train step computes them."""
     r = run(c)
-    with jax.set_mesh(r.mesh):
-        placed = jax.tree.map(
-            lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), params, r.abstract_state.params
-        )
+    with wide(c), jax.set_mesh(r.mesh):
         batch = jax.device_put(batch, r.batch_sharding)
-        return jax.device_get(r.gradients(placed, batch, np.int32(step)))
+        return jax.device_get(r.gradients(placed(params, r.abstract_state.params), batch, np.int32(step)))
 
 
-def parameters(c: Config):
+def parameters(c: Config, draw: int = 0):
     """Parameters of a config in float64, larger than a new model's: no gradient is lost in rounding."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng([SEED, 5, draw])
 
-    def draw(path, x):
+    def drawn(path, x):
         noise = rng.normal(size=x.shape)
         return 1 + noise / 4 if path[-1].key == "scale" else noise / 4
 
-    return jax.tree_util.tree_map_with_path(draw, run(c).abstract_state.params)
+    return jax.tree_util.tree_map_with_path(drawn, run(c).abstract_state.params)
 
 
 def leaves_differ(got, expected) -> dict[str, float]:
@@ -102,24 +114,30 @@ STEPS = {
 def test_a_step_equals_the_dense_model(name):
     """Loss and every gradient, with padded targets and a vocabulary that is no multiple of 128 nor of the mesh."""
     c = config(**STEPS[name])
-    params, batch = parameters(c), text(c, 1)[0]
+    batch = text(c, 1)[0]
     batch[:, -1, 20:] = -1
     batch[:, :, 11] = END_OF_TEXT
-    found, metrics = gradients(c, params, batch)
     rows, length = batch.shape[1], batch.shape[2] - 1
     groups = oracle.device_groups(rows, length, c.mesh.attention, c.mesh.expert, c.model.capacity_group)
     end_of_text = None if c.data.cross_document_attention else END_OF_TEXT
     with jax.enable_x64(True):
         loss = functools.partial(oracle.model_loss, batch_abt=batch, config=c, groups=groups, end_of_text=end_of_text)
-        values = jax.tree.map(jnp.asarray, params)
-        (total, (cross_entropy, dropped)), expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(values)
-        total, cross_entropy, dropped, expected = jax.device_get((total, cross_entropy, dropped, expected))
-    assert metrics["total_loss"] == pytest.approx(total, rel=ROUNDING)
-    assert metrics["loss"] == pytest.approx(cross_entropy, rel=ROUNDING)
+        differentiated = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        for draw in range(10):  # about one draw in ten has a smaller gap
+            params = parameters(c, draw)
+            outputs = jax.device_get(differentiated(jax.tree.map(jnp.asarray, params)))
+            (total, (cross_entropy, dropped, gap)), expected = outputs
+            if gap >= GAP:
+                break
+    assert gap >= GAP, "rounding may choose other experts than the oracle"
+    found, metrics = gradients(c, params, batch)
+    rounding = ROUNDING[c.model.dtype]
+    assert metrics["total_loss"] == pytest.approx(total, rel=rounding)
+    assert metrics["loss"] == pytest.approx(cross_entropy, rel=rounding)
     assert metrics["dropped_l"].sum() == dropped
     assert (dropped > 0) == (c.model.capacity_factor is not None)
     differ = leaves_differ(found, expected)
-    assert max(differ.values()) <= ROUNDING, differ
+    assert max(differ.values()) <= rounding, differ
 
 
 COARSE = {"1x1": (1, 1), "4x4": (4, 4), "2x8": (2, 8)}
@@ -139,16 +157,17 @@ def test_bfloat16_is_near_float32(mesh):
 
 def test_expert_dropout_is_the_same_on_every_mesh():
     """Its masks follow the token through meshes and micro-batches; another step, or none, has other results."""
-    changes = {"train": {"accumulation": 2}, "model": {"expert_dropout": 0.3}}
+    changes = {"train": {"accumulation": 2}, "model": {"expert_dropout": 0.3, "dtype": "float64"}}
     c = config(**changes)
     params, batch = parameters(c), text(c, 1)[0]
     expected, with_dropout = gradients(c, params, batch)
     found, metrics = gradients(config((2, 8), **changes), params, batch)
-    assert metrics["loss"] == pytest.approx(with_dropout["loss"], rel=ROUNDING)
+    assert metrics["loss"] == pytest.approx(with_dropout["loss"], rel=ROUNDING["float64"])
     differ = leaves_differ(found, expected)
-    assert max(differ.values()) <= ROUNDING, differ
+    assert max(differ.values()) <= ROUNDING["float64"], differ
     _, next_step = gradients(c, params, batch, step=1)
-    _, without = gradients(config(train={"accumulation": 2}), params, batch)
+    changes["model"]["expert_dropout"] = 0.0
+    _, without = gradients(config(**changes), params, batch)
     losses = [with_dropout["loss"], next_step["loss"], without["loss"]]
     assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4 * losses[0]
 
@@ -175,117 +194,122 @@ def test_ids_that_the_tokenizer_lacks_are_never_produced():
     assert found["head_vd"][:few].any(axis=1).all()
 
 
-@functools.cache
-def trained(c: Config) -> tuple[list[float], float, int]:
-    """Losses of `train.steps` steps on the same text, the largest change of a router weight, choices dropped."""
-    r = run(c)
-    with jax.set_mesh(r.mesh):
-        state, step = r.new_state(), r.compile_train_step()
-        before = jax.device_get(state.params["blocks"]["moe"]["router"]["w_lde"])
-        losses, dropped = [], 0
-        for batch in text(c, c.train.steps):
-            state, metrics = step(state, jax.device_put(batch, r.batch_sharding))
-            losses.append(float(metrics["loss"]))
-            dropped += int(metrics["dropped_l"].sum())
-        after = jax.device_get(state.params["blocks"]["moe"]["router"]["w_lde"])
-    return losses, float(np.abs(after - before).max()), dropped
-
-
-# With seeds 0 and 1 a choice of experts lies between two scores that differ by rounding, and 4x4 chooses another than
-# 1x1. With this one few do or none: that depends on the machine. The float64 tests hold the drops to the last one.
-DROPPING = {
-    "train": {"seed": 2},
-    "model": {"capacity_factor": 1.0, "capacity_group": 32},
-    "data": {"sequence_length": 256},
+FLOAT64 = {"dtype": "float64"}
+DISPATCHES = {
+    "dropless": {"model": FLOAT64},
+    "drops": {
+        "model": FLOAT64 | {"capacity_factor": 1.0, "capacity_group": 4},
+        "data": {"sequence_length": 64},
+    },
 }
 
 
-def learns(losses, moved):
-    assert losses[0] - losses[-1] >= 1
-    assert moved > 0.01
+@functools.cache
+def initial(c: Config):
+    r = run(c)
+    with wide(c), jax.set_mesh(r.mesh):
+        return jax.device_get(r.new_state())
+
+
+@functools.cache
+def trained(c: Config, weights: Config | None = None) -> tuple[list[float], float, list[int]]:
+    """Losses of `train.steps` steps on the same text, the largest change of a router weight, choices dropped a step.
+
+    `weights` is the config whose new state it starts from: c, or one of another mesh. That these are the same is a test
+    of its own, in training/test_step.py.
+    """
+    r = run(c)
+    new = initial(weights or c)
+    with wide(c), jax.set_mesh(r.mesh):
+        state, step = placed(new, r.abstract_state), r.compile_train_step()
+        losses, dropped = [], []
+        for batch in text(c, c.train.steps):
+            state, metrics = step(state, jax.device_put(batch, r.batch_sharding))
+            losses.append(float(metrics["loss"]))
+            dropped.append(int(metrics["dropped_l"].sum()))
+        before, after = (s.params["blocks"]["moe"]["router"]["w_lde"] for s in (new, jax.device_get(state)))
+    return losses, float(np.abs(after - before).max()), dropped
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=named)
-def test_twenty_losses_are_the_same(mesh):
-    expected, moved, _ = trained(config())
-    learns(expected, moved)
-    losses, _, dropped = trained(config(mesh))
-    assert losses == pytest.approx(expected, rel=1e-5)
-    assert dropped == 0
-
-
-@pytest.mark.parametrize(
-    "mesh",
-    [(4, 4), pytest.param((8, 2), marks=pytest.mark.slow)]
-    + [pytest.param(mesh, marks=pytest.mark.slow) for mesh in [(2, 2), (2, 8), (1, 16)]],
-    ids=named,
-)
-def test_twenty_losses_are_the_same_with_drops(mesh):
-    expected, moved, dropped = trained(config((1, 1), **DROPPING))
-    learns(expected, moved)
-    assert dropped > 0
-    losses, _, also_dropped = trained(config(mesh, **DROPPING))
-    assert losses == pytest.approx(expected, rel=1e-5)
-    assert also_dropped == pytest.approx(dropped, rel=1e-3)
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_twenty_losses_are_the_same(mesh, dispatch):
+    alone = config(**DISPATCHES[dispatch])
+    expected, moved, dropped = trained(alone)
+    assert expected[0] - expected[-1] >= 1, "it learns"
+    assert moved > 0.01, "so does the router"
+    assert (max(dropped) > 0) == (dispatch == "drops")
+    losses, _, also_dropped = trained(config(mesh, **DISPATCHES[dispatch]), alone)
+    assert losses == pytest.approx(expected, rel=ROUNDING["float64"])
+    assert also_dropped == dropped
 
 
 def test_a_mesh_that_cuts_a_capacity_group_is_refused():
-    with pytest.raises(ConfigError, match=r"^model.capacity_group: got 32; takes a divisor of .* \(16\)$"):
-        config((16, 1), **DROPPING)
+    changes = {"model": {"capacity_factor": 1.0, "capacity_group": 4}, "data": {"sequence_length": 32}}
+    with pytest.raises(ConfigError, match=r"^model.capacity_group: got 4; takes a divisor of .* \(2\)$"):
+        config((16, 1), **changes)
 
 
 def test_another_seed_has_other_losses():
-    losses, _, _ = trained(config())
-    others, _, _ = trained(config(train={"seed": 1}))
+    alone = config(**DISPATCHES["dropless"])
+    losses, _, _ = trained(alone)
+    others, _, _ = trained(config(**DISPATCHES["dropless"], train={"seed": SEED + 1}))
     assert np.abs(np.subtract(losses, others)).min() > 1e-4 * losses[0]
 
 
 def test_what_only_changes_the_cost():
     """ZeRO-1, unrolled layers and rematerialisation."""
-    expected, _, _ = trained(config())
-    cost = {"optimizer": {"zero1": True}, "model": {"scan_layers": False, "remat": "full"}}
-    losses, _, _ = trained(config((4, 4), **cost))
-    assert losses == pytest.approx(expected, rel=1e-5)
+    alone = config(**DISPATCHES["dropless"])
+    expected, _, _ = trained(alone)
+    cost = {"optimizer": {"zero1": True}, "model": FLOAT64 | {"scan_layers": False, "remat": "full"}}
+    losses, _, _ = trained(config((4, 4), **cost), alone)
+    assert losses == pytest.approx(expected, rel=ROUNDING["float64"])
 
 
-DISPATCHES = {
+OF_TRAIN_PY = {
     "dropless": {"data.sequence_length": 32},
-    "groups": {"data.sequence_length": 128, "model.capacity_factor": 1.0, "model.capacity_group": 32},
+    "drops": {"data.sequence_length": 64, "model.capacity_factor": 1.0, "model.capacity_group": 4},
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dispatch", DISPATCHES.values(), ids=DISPATCHES)
-def test_twenty_losses_of_train_py_are_the_same(tmp_path, dispatch):
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        pytest.param([(4, 4)], id="4x4", marks=pytest.mark.slow),
+        pytest.param(MESHES[1:], id="every mesh", marks=pytest.mark.exhaustive),
+    ],
+)
+@pytest.mark.parametrize("dispatch", OF_TRAIN_PY)
+def test_twenty_losses_of_train_py_are_the_same(tmp_path, dispatch, meshes):
     """The same through `python train.py` and metrics.jsonl, on text from a file."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     words = ["".join(rng.choice(list("aeimnorst"), size=n)) for n in rng.integers(2, 8, size=60)]
     text = ". ".join(" ".join(words[int(60 * r**3)] for r in rng.random(12)) for _ in range(4000))
     (tmp_path / "words.txt").write_text(text)
     flags = {
         "train.steps": 20,
         "train.log_every": 1,
+        "train.seed": SEED,
         "optimizer.warmup_steps": 5,
         "optimizer.learning_rate": 1e-2,
-        # AdamW's default divides gradients that are nothing but rounding by themselves, and so learns from the mesh.
-        "optimizer.eps": 1e-4,
         "data.source": "files",
         "data.path": tmp_path / "words.txt",
         "data.tokenizer": "bytes",
         "data.cache": tmp_path / "cache",
         "data.max_tokens": 60_000,
         "data.eval_max_tokens": 2_000,
-        "model.layers": 1,
+        "model.dtype": "float64",
         "model.d_model": 32,
         "model.d_ff": 48,
         "model.vocab_size": 300,
+        **OF_TRAIN_PY[dispatch],
     }
 
-    def losses(mesh, **changed) -> tuple[list[float], list[float]]:
+    def losses(mesh) -> tuple[list[float], list[float]]:
         """Of each step, and the share of choices dropped."""
-        own = {"mesh.attention": mesh[0], "mesh.expert": mesh[1], **changed}
-        folder = tmp_path / f"{named(mesh)}-{len(changed)}"
-        arguments = [f"--config.{name}={value}" for name, value in (flags | dispatch | own).items()]
+        own = {"mesh.attention": mesh[0], "mesh.expert": mesh[1]}
+        folder = tmp_path / named(mesh)
+        arguments = [f"--config.{name}={value}" for name, value in (flags | own).items()]
         command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={folder}", *arguments]
         subprocess.run(command, cwd=REPOSITORY, check=True, timeout=600)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -295,11 +319,8 @@ def test_twenty_losses_of_train_py_are_the_same(tmp_path, dispatch):
     expected, dropped = losses((1, 1))
     assert len(expected) == 20
     assert expected[0] - expected[-1] >= 1
-    assert (max(dropped) > 0) == ("model.capacity_factor" in dispatch)
-    whole = 128 // dispatch.get("model.capacity_group", 1)  # parts that a sequence may be split into
-    for mesh in [mesh for mesh in MESHES[1:] if mesh[0] <= whole]:
+    assert (max(dropped) > 0) == (dispatch == "drops")
+    for mesh in meshes:
         found, also_dropped = losses(mesh)
-        assert found == pytest.approx(expected, rel=1e-5), mesh
+        assert found == pytest.approx(expected, rel=ROUNDING["float64"]), mesh
         assert also_dropped == dropped, mesh
-    others, _ = losses((1, 1), **{"train.seed": 7})
-    assert np.abs(np.subtract(others, expected)).min() > 1e-4
