@@ -156,12 +156,13 @@ def attend(q_shq, k_skq, v_skq, segment_s):
     """Causal attention of one sequence, head by head; query head h uses key/value head h // (H / K)."""
     s, heads, q = q_shq.shape
     visible = jnp.tril(jnp.ones((s, s), bool)) & (segment_s[:, None] == segment_s[None, :])
-    share = heads // k_skq.shape[1]
-    out = []
-    for h in range(heads):
-        scores = q_shq[:, h] @ k_skq[:, h // share].T / math.sqrt(q)
-        out.append(jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1) @ v_skq[:, h // share])
-    return jnp.stack(out, axis=1)
+    kv_head = jnp.arange(heads) // (heads // k_skq.shape[1])
+
+    def head(q_sq, k_sq, v_sq):
+        scores = q_sq @ k_sq.T / math.sqrt(q)
+        return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1) @ v_sq
+
+    return jax.vmap(head, in_axes=1, out_axes=1)(q_shq, k_skq[:, kv_head], v_skq[:, kv_head])
 
 
 def dense_moe(x_td, w, layer, model, groups):
@@ -179,14 +180,17 @@ def dense_moe(x_td, w, layer, model, groups):
             place = ((jnp.cumsum(of_group, axis=0) - of_group) * of_group).sum(axis=1)
             kept = kept.at[np.asarray(group)].set((place < capacity(len(group), model)).reshape(-1, model.top_k))
     weight_te = ((jax.nn.softmax(top, axis=-1) * kept)[..., None] * chosen_tne).sum(axis=1)
-    y = 0
-    for e in range(model.experts):
-        up = x_td @ w["experts"]["w_in_ledf"][layer, e]
+
+    def expert(w_of):
+        up = x_td @ w_of["w_in_ledf"]
         if model.activation == "swiglu":
-            h = jax.nn.silu(x_td @ w["experts"]["w_gate_ledf"][layer, e]) * up
+            h = jax.nn.silu(x_td @ w_of["w_gate_ledf"]) * up
         else:
             h = up * (1 + jax.scipy.special.erf(up / math.sqrt(2))) / 2
-        y += weight_te[:, e, None] * (h @ w["experts"]["w_out_lefd"][layer, e])
+        return h @ w_of["w_out_lefd"]
+
+    y_etd = jax.vmap(expert)({name: stacked[layer] for name, stacked in w["experts"].items()})
+    y = (weight_te.T[..., None] * y_etd).sum(axis=0)
     share = chosen_tne.sum(axis=(0, 1)) / (tokens * model.top_k)
     balancing = model.experts * (share * jax.nn.softmax(scores, axis=-1).mean(axis=0)).sum()
     z = (jax.nn.logsumexp(scores, axis=-1) ** 2).mean()

@@ -6,7 +6,6 @@ else is compared between meshes are in float64, where a sum in another order mov
 """
 
 import functools
-import itertools
 import json
 import subprocess
 import sys
@@ -38,6 +37,7 @@ def run(c: Config) -> Run:
     with wide(c), jax.set_mesh(make_mesh(c)):
         made = Run(c, END_OF_TEXT)
     made.gradients = jax.jit(made.program._gradients)
+    made.train_step = functools.cache(made.compile_train_step)
     return made
 
 
@@ -92,7 +92,7 @@ STEPS = {
     "1x16 capacity, accumulation": {
         "mesh": (1, 16),
         "model": {"layers": 1, "capacity_factor": 1.25, "capacity_group": 16},
-        "train": {"batch_size": 64, "accumulation": 4},
+        "train": {"batch_size": 32, "accumulation": 2},
     },
     "2x2 capacity, kv heads split, unrolled, full, k 1": {
         "mesh": (2, 2),
@@ -140,10 +140,9 @@ def test_a_step_equals_the_dense_model(name):
     assert max(differ.values()) <= rounding, differ
 
 
-COARSE = {"1x1": (1, 1), "4x4": (4, 4), "2x8": (2, 8)}
-
-
-@pytest.mark.parametrize("mesh", COARSE.values(), ids=COARSE)
+@pytest.mark.parametrize(
+    "mesh", [(4, 4), *(pytest.param(m, marks=pytest.mark.slow) for m in [(1, 1), (2, 8)])], ids=named
+)
 def test_bfloat16_is_near_float32(mesh):
     params, batch = parameters(config()), text(config(), 1)[0]
     exact, metrics = gradients(config((1, 1)), params, batch)
@@ -156,7 +155,7 @@ def test_bfloat16_is_near_float32(mesh):
 
 
 def test_expert_dropout_is_the_same_on_every_mesh():
-    """Its masks follow the token through meshes and micro-batches; another step, or none, has other results."""
+    """Its masks follow the token through meshes and micro-batches; another step has other ones."""
     changes = {"train": {"accumulation": 2}, "model": {"expert_dropout": 0.3, "dtype": "float64"}}
     c = config(**changes)
     params, batch = parameters(c), text(c, 1)[0]
@@ -166,10 +165,7 @@ def test_expert_dropout_is_the_same_on_every_mesh():
     differ = leaves_differ(found, expected)
     assert max(differ.values()) <= ROUNDING["float64"], differ
     _, next_step = gradients(c, params, batch, step=1)
-    changes["model"]["expert_dropout"] = 0.0
-    _, without = gradients(config(**changes), params, batch)
-    losses = [with_dropout["loss"], next_step["loss"], without["loss"]]
-    assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4 * losses[0]
+    assert abs(next_step["loss"] - with_dropout["loss"]) > 1e-4 * with_dropout["loss"]
 
 
 def test_padded_ids_are_never_produced():
@@ -187,9 +183,9 @@ def test_ids_that_the_tokenizer_lacks_are_never_produced():
     few = 180  # of 200
     with jax.set_mesh(make_mesh(c)):
         r = Run(c, END_OF_TEXT, few)
-        state = r.new_state()
+        params = placed(parameters(c), r.abstract_state.params)
         batch = jax.device_put(text(c, 1)[0] % few, r.batch_sharding)
-        found, _ = jax.device_get(jax.jit(r.program._gradients)(state.params, batch, np.int32(0)))
+        found, _ = jax.device_get(jax.jit(r.program._gradients)(params, batch, np.int32(0)))
     assert not found["head_vd"][few:].any()
     assert found["head_vd"][:few].any(axis=1).all()
 
@@ -215,13 +211,13 @@ def initial(c: Config):
 def trained(c: Config, weights: Config | None = None) -> tuple[list[float], float, list[int]]:
     """Losses of `train.steps` steps on the same text, the largest change of a router weight, choices dropped a step.
 
-    `weights` is the config whose new state it starts from: c, or one of another mesh. That these are the same is a test
-    of its own, in training/test_step.py.
+    `weights` is the config whose new state it starts from: c, or one of another mesh or seed. That a mesh does not
+    change it is a test of its own, in training/test_step.py.
     """
     r = run(c)
     new = initial(weights or c)
     with wide(c), jax.set_mesh(r.mesh):
-        state, step = placed(new, r.abstract_state), r.compile_train_step()
+        state, step = placed(new, r.abstract_state), r.train_step()
         losses, dropped = [], []
         for batch in text(c, c.train.steps):
             state, metrics = step(state, jax.device_put(batch, r.batch_sharding))
@@ -231,9 +227,16 @@ def trained(c: Config, weights: Config | None = None) -> tuple[list[float], floa
     return losses, float(np.abs(after - before).max()), dropped
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:], ids=named)
-@pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_twenty_losses_are_the_same(mesh, dispatch):
+@pytest.mark.parametrize(
+    ("dispatch", "mesh"),
+    [
+        pytest.param(dispatch, mesh, id=f"{dispatch}-{named(mesh)}", marks=[] if quick else pytest.mark.slow)
+        for dispatch, first in (("dropless", (4, 4)), ("drops", (2, 8)))
+        for mesh in MESHES[1:]
+        for quick in [mesh == first]
+    ],
+)
+def test_twenty_losses_are_the_same(dispatch, mesh):
     alone = config(**DISPATCHES[dispatch])
     expected, moved, dropped = trained(alone)
     assert expected[0] - expected[-1] >= 1, "it learns"
@@ -253,7 +256,7 @@ def test_a_mesh_that_cuts_a_capacity_group_is_refused():
 def test_another_seed_has_other_losses():
     alone = config(**DISPATCHES["dropless"])
     losses, _, _ = trained(alone)
-    others, _, _ = trained(config(**DISPATCHES["dropless"], train={"seed": SEED + 1}))
+    others, _, _ = trained(alone, config(**DISPATCHES["dropless"], train={"seed": SEED + 1}))
     assert np.abs(np.subtract(losses, others)).min() > 1e-4 * losses[0]
 
 
