@@ -18,6 +18,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / os.environ.get("
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # After the environment is set: these import JAX.
+import jax  # noqa: E402
 import kill  # noqa: E402
 from runs import SMALL  # noqa: E402
 
@@ -31,7 +32,7 @@ def workdir(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return kill.text(tmp_path_factory.mktemp("data"))
 
@@ -46,10 +47,11 @@ def call(data, capsys, monkeypatch):
         status = cli.run(train.main, train.define, train.__doc__, "configs/tiny.py")
         return status, *capsys.readouterr()
 
-    return call
+    yield call
+    jax.config.update("jax_enable_x64", False)  # a run in float64 turns it on
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished_run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     argv = ["train.py", f"--workdir={folder}", *kill.flags(data, **SMALL)]

@@ -57,7 +57,11 @@ def run(mesh: tuple[int, int]) -> Run:
     )
 
 
-@pytest.fixture(scope="module", params=[(2, 2), (2, 4), (4, 1), (1, 1), (1, 4)], ids=named)
+@pytest.fixture(
+    scope="module",
+    params=[(2, 4), (4, 1), *(pytest.param(m, marks=pytest.mark.slow) for m in [(2, 2), (1, 1), (1, 4)])],
+    ids=named,
+)
 def programs(request):
     with jax.set_mesh(make_mesh(config(request.param, model={"heads": 4, "experts": 4}, train={"batch_size": 4}))):
         r = run(request.param)

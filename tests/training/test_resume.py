@@ -1,9 +1,12 @@
 """A run that was killed or stopped goes on to the bits of the run that never was."""
 
+import os
+import shutil
 import signal
 
 import kill
 import pytest
+from runs import at_step
 
 from maxsep.config import cli
 
@@ -41,13 +44,30 @@ def last_line(process):
     return (process.printed or [""])[-1]
 
 
-MOMENTS = [before_the_first_checkpoint, in_a_save, in_a_step, in_an_evaluation, after_the_last_step]
+MOMENTS = [compiling, before_the_first_checkpoint, in_a_save, in_a_step, in_an_evaluation, after_the_last_step]
 VARIANTS = {
-    "dropless": {},
-    "capacity": {"model__capacity_factor": 1.0, "model__capacity_group": 16, "model__expert_dropout": 0.1},
-    "accumulation": {"train__accumulation": 2, "model__scan_layers": False},
-    "zero1": {"optimizer__zero1": True, "model__remat": "full", "model__dtype": "bfloat16"},
+    "capacity, dropout, accumulation, layers unrolled": {
+        "model__capacity_factor": 1.0,
+        "model__capacity_group": 16,
+        "model__expert_dropout": 0.1,
+        "train__accumulation": 2,
+        "model__scan_layers": False,
+    },
+    "zero1, remat, bfloat16": {"optimizer__zero1": True, "model__remat": "full", "model__dtype": "bfloat16"},
 }
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    return kill.flags(kill.text(tmp_path_factory.mktemp("text")))
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """A run of these flags in one go. It compiles its programs into `whole.parent / "programs"`."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    trained_with(folder.parent / "programs", folder, *flags)
+    return folder
 
 
 @pytest.fixture
@@ -58,82 +78,113 @@ def programs(tmp_path, monkeypatch):
     return folder
 
 
+def trained_with(programs, folder, *flags):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
+        return kill.train(folder, *flags)
+
+
 def same(run, reference):
     assert kill.figures(run) == kill.figures(reference)
     assert kill.state(run) == kill.state(reference)
 
 
-def killed_at_each(moments, folder, **changed):
-    """Two runs: one in one go, and one that was killed at each moment in turn."""
-    flags = kill.flags(kill.text(folder), **changed)
-    kill.train(folder / "whole", *flags)
+def killed_at_each(moments, folder, flags):
+    """A run that was killed at each moment in turn."""
     for moment in moments:
-        kill.killed(folder / "run", moment, *flags)
-    assert f"this run has finished its {STEPS} steps" in "\n".join(kill.train(folder / "run", *flags))
-    return folder / "run", folder / "whole"
+        kill.killed(folder, moment, *flags)
+    assert f"this run has finished its {STEPS} steps" in "\n".join(kill.train(folder, *flags))
 
 
-def test_killed_in_every_phase(tmp_path, programs):
-    """The whole run compiles its programs, the other reads them from the cache."""
-    same(*killed_at_each(MOMENTS, tmp_path))
+def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch):
+    """The whole run compiles its programs, the other reads them from the cache, which takes no time to be killed in."""
+    programs = whole.parent / "programs"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
+    killed_at_each(MOMENTS[1:], tmp_path / "run", flags)
+    same(tmp_path / "run", whole)
     assert len(list(programs.glob("jit_train_step-*-cache"))) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant):
-    same(*killed_at_each([compiling, *MOMENTS], tmp_path, **VARIANTS[variant]))
-
-
-@pytest.mark.slow
-def test_killed_at_any_time(tmp_path, programs):
-    """Again and again, a little later each time, wherever that is."""
-    flags = kill.flags(kill.text(tmp_path))
+    flags = kill.flags(kill.text(tmp_path), **variant)
+    killed_at_each(MOMENTS, tmp_path / "run", flags)
     kill.train(tmp_path / "whole", *flags)
-    seconds = 2.0
-    while kill.killed_after(tmp_path / "run", seconds, *flags):
-        seconds += 0.25
     same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
-    ("attention", "expert"),
-    [(4, 1), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in [(1, 1), (1, 4), (4, 4), (2, 1)])],
+    "later",
+    [pytest.param(1.5, marks=pytest.mark.slow), pytest.param(0.25, marks=pytest.mark.exhaustive)],
+    ids=lambda seconds: f"{seconds} s",
 )
-def test_killed_and_restarted_on_another_mesh(tmp_path, attention, expert):
-    flags = kill.flags(kill.text(tmp_path), train__steps=24)
-    kill.train(tmp_path / "whole", *flags)
-    kill.killed(tmp_path / "run", in_a_step, *flags)
-    printed = kill.train(
-        tmp_path / "run", *flags, f"--config.mesh.attention={attention}", f"--config.mesh.expert={expert}"
-    )
+def test_killed_at_any_time(tmp_path, programs, flags, whole, later):
+    """Again and again, a little later each time, wherever that is."""
+    seconds = 2.0
+    while kill.killed_after(tmp_path / "run", seconds, *flags):
+        seconds += later
+    same(tmp_path / "run", whole)
+
+
+MESHES = [(4, 1), (1, 1), (1, 4), (4, 4), (2, 1)]
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """Flags of a run in float64, the run in one go, and one that was killed on the way."""
+    folder = tmp_path_factory.mktemp("moved")
+    flags = kill.flags(kill.text(folder), train__steps=24, model__dtype="float64")
+    kill.train(folder / "whole", *flags)
+    kill.killed(folder / "killed", in_a_step, *flags)
+    return flags, folder / "whole", folder / "killed"
+
+
+def test_stopped_and_going_on_on_another_mesh(call, workdir, tmp_path, monkeypatch):
+    assert call(tmp_path / "whole", model__dtype="float64")[0] == cli.DONE
+    with monkeypatch.context() as patched:
+        at_step(patched, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert call(workdir, model__dtype="float64")[0] == cli.STOPPED
+    status, out, _ = call(workdir, model__dtype="float64", mesh__attention=4, mesh__expert=2)
+    assert status == cli.DONE and "stage 1 x attention 4 x expert 2\n" in out
+    equal_but_for_rounding(workdir, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
+def test_killed_and_restarted_on_another_mesh(tmp_path, moved, mesh):
+    flags, whole, killed = moved
+    run = shutil.copytree(killed, tmp_path / "run")
+    printed = kill.train(run, *flags, f"--config.mesh.attention={mesh[0]}", f"--config.mesh.expert={mesh[1]}")
     assert any(line.startswith("going on from step 3 in ") for line in printed)
-    whole, run = (kill.figures(tmp_path / name) for name in ("whole", "run"))
-    assert whole.keys() == run.keys()
-    for key in whole:
-        assert run[key]["loss"] == pytest.approx(whole[key]["loss"], rel=1e-5)
-    assert whole[24, "train"]["loss"] < whole[1, "train"]["loss"] - 1
+    equal_but_for_rounding(run, whole)
+
+
+def equal_but_for_rounding(run, reference):
+    """The losses of two runs in float64; they do move."""
+    run, reference = ({at: row["loss"] for at, row in kill.figures(folder).items()} for folder in (run, reference))
+    assert run == pytest.approx(reference, rel=1e-12)
+    last = max(step for step, _ in reference)
+    assert reference[last, "train"] < reference[1, "train"] - 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [compiling, in_a_save, in_an_evaluation])
-def test_sigterm_in_any_phase_saves_and_goes_on(tmp_path, moment):
-    flags = kill.flags(kill.text(tmp_path))
-    kill.train(tmp_path / "whole", *flags)
+def test_sigterm_in_any_phase_saves_and_goes_on(tmp_path, flags, whole, moment):
     process = kill.signalled(tmp_path / "run", moment, signal.SIGTERM, *flags)
     assert process.ended() == cli.STOPPED and 0 < process.saved < STEPS
     where = "in the evaluation after" if moment is in_an_evaluation else "after"
     assert process.printed[-1].startswith(f"error: SIGTERM: stopped {where} step {process.saved}, saved;")
     kill.train(tmp_path / "run", *flags)
-    same(tmp_path / "run", tmp_path / "whole")
+    same(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
-def test_a_cached_program_cut_short_by_a_kill_is_compiled_anew(tmp_path, programs):
-    flags = kill.flags(kill.text(tmp_path))
-    kill.train(tmp_path / "whole", *flags)
-    for path in programs.glob("*-cache"):
+def test_a_cached_program_cut_short_by_a_kill_is_compiled_anew(tmp_path, programs, flags, whole):
+    shutil.copytree(whole.parent / "programs", programs)
+    cut = list(programs.glob("*-cache"))
+    for path in cut:
         path.write_bytes(path.read_bytes()[:1000])
     printed = "\n".join(kill.train(tmp_path / "run", *flags))
     assert "Error reading persistent compilation cache entry for 'jit_train_step'" in printed
-    same(tmp_path / "run", tmp_path / "whole")
+    same(tmp_path / "run", whole)

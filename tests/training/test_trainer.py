@@ -121,7 +121,9 @@ def test_evaluation_alone_tells_the_same_and_changes_nothing(call, finished, att
     assert (status, err) == (cli.DONE, "")
     loss = kill.figures(finished)[4, "eval"]["loss"]
     assert "step 4\n" in out
-    assert float(re.search(r"held-out loss +([\d.]+) nats", out)[1]) == pytest.approx(loss, abs=1e-4)
+    # On another mesh rounding may tip a token's choice between experts.
+    near = 1e-4 if (attention, expert) == (1, 1) else 1e-2
+    assert float(re.search(r"held-out loss +([\d.]+) nats", out)[1]) == pytest.approx(loss, abs=near)
     assert snapshot(finished) == before
 
 
