@@ -1,4 +1,4 @@
-"""A small run of train.py, and what its folder holds."""
+"""A small run of train.py, in float64 so that meshes can be compared, and what its folder holds."""
 
 import kill
 
@@ -13,6 +13,7 @@ SMALL = {
     "data__sequence_length": 32,
     "model__d_model": 16,
     "model__d_ff": 16,
+    "model__dtype": "float64",
 }
 
 

@@ -1,12 +1,10 @@
 """A run that was killed or stopped goes on to the bits of the run that never was."""
 
-import os
 import shutil
 import signal
 
 import kill
 import pytest
-from runs import at_step
 
 from maxsep.config import cli
 
@@ -140,16 +138,6 @@ def moved(tmp_path_factory):
     return flags, folder / "whole", folder / "killed"
 
 
-def test_stopped_and_going_on_on_another_mesh(call, workdir, tmp_path, monkeypatch):
-    assert call(tmp_path / "whole", model__dtype="float64")[0] == cli.DONE
-    with monkeypatch.context() as patched:
-        at_step(patched, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert call(workdir, model__dtype="float64")[0] == cli.STOPPED
-    status, out, _ = call(workdir, model__dtype="float64", mesh__attention=4, mesh__expert=2)
-    assert status == cli.DONE and "stage 1 x attention 4 x expert 2\n" in out
-    equal_but_for_rounding(workdir, tmp_path / "whole")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
 def test_killed_and_restarted_on_another_mesh(tmp_path, moved, mesh):
@@ -157,15 +145,9 @@ def test_killed_and_restarted_on_another_mesh(tmp_path, moved, mesh):
     run = shutil.copytree(killed, tmp_path / "run")
     printed = kill.train(run, *flags, f"--config.mesh.attention={mesh[0]}", f"--config.mesh.expert={mesh[1]}")
     assert any(line.startswith("going on from step 3 in ") for line in printed)
-    equal_but_for_rounding(run, whole)
-
-
-def equal_but_for_rounding(run, reference):
-    """The losses of two runs in float64; they do move."""
-    run, reference = ({at: row["loss"] for at, row in kill.figures(folder).items()} for folder in (run, reference))
-    assert run == pytest.approx(reference, rel=1e-12)
-    last = max(step for step, _ in reference)
-    assert reference[last, "train"] < reference[1, "train"] - 0.1
+    whole, run = ({at: row["loss"] for at, row in kill.figures(folder).items()} for folder in (whole, run))
+    assert run == pytest.approx(whole, rel=1e-12)
+    assert whole[24, "train"] < whole[1, "train"] - 1
 
 
 @pytest.mark.slow
