@@ -10,8 +10,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "16"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-# Sixteen devices on two cores wait for each other longer than XLA's limit.
-os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+# Sixteen devices on two cores wait for each other longer than XLA's limit. Most of the tests' time is LLVM's: it is
+# told to optimise nothing, in this process. What runs train.py in another one (kill.py) compiles as a user does.
+os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"
 # A folder a worker: JAX writes an entry in place, and another worker could read half of it.
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxsep" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main")))

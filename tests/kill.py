@@ -57,19 +57,23 @@ def flags(data: Path, **changed) -> list[str]:
     return [f"--config={config}"] + [f"--config.{k.replace('__', '.')}={v}" for k, v in (values | changed).items()]
 
 
+def environment() -> dict[str, str]:
+    """A user's: without what the tests set for their own process."""
+    return {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+
+
 class Process:
     """train.py, running; what it prints goes to a file beside `workdir`."""
 
     def __init__(self, workdir: Path, *arguments: str, **options):
         self.workdir = workdir
-        environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
         self._output = workdir.with_name(f"{workdir.name}.{time.monotonic_ns()}.txt")
         with self._output.open("w") as file:
             self._process = subprocess.Popen(
                 [sys.executable, str(TRAIN), f"--workdir={workdir}", *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                **({"env": environment} | options),
+                **({"env": environment()} | options),
             )
 
     @property

@@ -12,6 +12,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import kill
 import numpy as np
 import oracle
 import pytest
@@ -314,7 +315,7 @@ def test_twenty_losses_of_train_py_are_the_same(tmp_path, dispatch, meshes):
         folder = tmp_path / named(mesh)
         arguments = [f"--config.{name}={value}" for name, value in (flags | own).items()]
         command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={folder}", *arguments]
-        subprocess.run(command, cwd=REPOSITORY, check=True, timeout=600)
+        subprocess.run(command, cwd=REPOSITORY, env=kill.environment(), check=True, timeout=600)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         rows = [row for row in rows if row["split"] == "train"]
         return [row["loss"] for row in rows], [row["dropped_fraction"] for row in rows]
