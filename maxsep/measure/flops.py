@@ -1,7 +1,7 @@
 """Floating-point operations: those a model needs, those a machine can do, and the share that a run uses."""
 
 import time
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,9 @@ class Product:
         self.multiply(self.x, self.x).block_until_ready()
 
 
+@cache
 def measured_peak(dtype: str) -> float:
-    """FLOP/s of matrix products on the machine's CPU, the best of a few. Takes about 0.2 s.
+    """FLOP/s of matrix products on the machine's CPU, the best of a few. Takes about 0.2 s, once a process.
 
     One simulated device's product uses all cores, so this is the peak of all of them together.
     """
