@@ -6,26 +6,21 @@ else is compared between meshes are in float64, where a sum in another order mov
 """
 
 import functools
-import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
-import kill
 import numpy as np
 import oracle
 import pytest
 from small import MESHES, SEED, config, named, text
 
 from maxsep.config import Config, ConfigError
-from maxsep.config.paths import REPOSITORY
 from maxsep.parallel.mesh import make_mesh
 from maxsep.training.run import Run
 
 END_OF_TEXT = 3
 ROUNDING = {"float32": 1e-5, "float64": 1e-12}  # of a leaf's largest entry; of a loss
-GAP = 1e-5  # between the scores of the last chosen and the next expert, in float32; rounding moves them by a tenth
+GAP = 1e-5  # between the scores of the last chosen and the next expert; float32's rounding moves a score by 2e-6
 
 
 def wide(c: Config):
@@ -124,7 +119,7 @@ def test_a_step_equals_the_dense_model(name):
     with jax.enable_x64(True):
         loss = functools.partial(oracle.model_loss, batch_abt=batch, config=c, groups=groups, end_of_text=end_of_text)
         differentiated = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        for draw in range(10):  # about one draw in ten has a smaller gap
+        for draw in range(10):  # one draw in some twenty has a smaller gap
             params = parameters(c, draw)
             outputs = jax.device_get(differentiated(jax.tree.map(jnp.asarray, params)))
             (total, (cross_entropy, dropped, gap)), expected = outputs
@@ -231,10 +226,9 @@ def trained(c: Config, weights: Config | None = None) -> tuple[list[float], floa
 @pytest.mark.parametrize(
     ("dispatch", "mesh"),
     [
-        pytest.param(dispatch, mesh, id=f"{dispatch}-{named(mesh)}", marks=[] if quick else pytest.mark.slow)
-        for dispatch, first in (("dropless", (4, 4)), ("drops", (2, 8)))
+        pytest.param(dispatch, mesh, id=f"{dispatch}-{named(mesh)}", marks=[] if mesh == quick else pytest.mark.slow)
+        for dispatch, quick in (("dropless", (4, 4)), ("drops", (2, 8)))
         for mesh in MESHES[1:]
-        for quick in [mesh == first]
     ],
 )
 def test_twenty_losses_are_the_same(dispatch, mesh):
@@ -268,63 +262,3 @@ def test_what_only_changes_the_cost():
     cost = {"optimizer": {"zero1": True}, "model": FLOAT64 | {"scan_layers": False, "remat": "full"}}
     losses, _, _ = trained(config((4, 4), **cost), alone)
     assert losses == pytest.approx(expected, rel=ROUNDING["float64"])
-
-
-OF_TRAIN_PY = {
-    "dropless": {"data.sequence_length": 32},
-    "drops": {"data.sequence_length": 64, "model.capacity_factor": 1.0, "model.capacity_group": 4},
-}
-
-
-@pytest.mark.parametrize(
-    "meshes",
-    [
-        pytest.param([(4, 4)], id="4x4", marks=pytest.mark.slow),
-        pytest.param(MESHES[1:], id="every mesh", marks=pytest.mark.exhaustive),
-    ],
-)
-@pytest.mark.parametrize("dispatch", OF_TRAIN_PY)
-def test_twenty_losses_of_train_py_are_the_same(tmp_path, dispatch, meshes):
-    """The same through `python train.py` and metrics.jsonl, on text from a file."""
-    rng = np.random.default_rng(SEED)
-    words = ["".join(rng.choice(list("aeimnorst"), size=n)) for n in rng.integers(2, 8, size=60)]
-    text = ". ".join(" ".join(words[int(60 * r**3)] for r in rng.random(12)) for _ in range(4000))
-    (tmp_path / "words.txt").write_text(text)
-    flags = {
-        "train.steps": 20,
-        "train.log_every": 1,
-        "train.seed": SEED,
-        "optimizer.warmup_steps": 5,
-        "optimizer.learning_rate": 1e-2,
-        "data.source": "files",
-        "data.path": tmp_path / "words.txt",
-        "data.tokenizer": "bytes",
-        "data.cache": tmp_path / "cache",
-        "data.max_tokens": 60_000,
-        "data.eval_max_tokens": 2_000,
-        "model.dtype": "float64",
-        "model.d_model": 32,
-        "model.d_ff": 48,
-        "model.vocab_size": 300,
-        **OF_TRAIN_PY[dispatch],
-    }
-
-    def losses(mesh) -> tuple[list[float], list[float]]:
-        """Of each step, and the share of choices dropped."""
-        own = {"mesh.attention": mesh[0], "mesh.expert": mesh[1]}
-        folder = tmp_path / named(mesh)
-        arguments = [f"--config.{name}={value}" for name, value in (flags | own).items()]
-        command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={folder}", *arguments]
-        subprocess.run(command, cwd=REPOSITORY, env=kill.environment(), check=True, timeout=600)
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows = [row for row in rows if row["split"] == "train"]
-        return [row["loss"] for row in rows], [row["dropped_fraction"] for row in rows]
-
-    expected, dropped = losses((1, 1))
-    assert len(expected) == 20
-    assert expected[0] - expected[-1] >= 1
-    assert (max(dropped) > 0) == (dispatch == "drops")
-    for mesh in meshes:
-        found, also_dropped = losses(mesh)
-        assert found == pytest.approx(expected, rel=ROUNDING["float64"]), mesh
-        assert also_dropped == dropped, mesh

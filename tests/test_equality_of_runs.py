@@ -1,0 +1,70 @@
+"""Layout never changes the result: 20 losses of `python train.py`, from metrics.jsonl, on text from a file."""
+
+import json
+import subprocess
+import sys
+
+import kill
+import numpy as np
+import pytest
+from small import MESHES, SEED, named
+
+from maxsep.config.paths import REPOSITORY
+
+DISPATCHES = {
+    "dropless": {"data.sequence_length": 32},
+    "drops": {"data.sequence_length": 64, "model.capacity_factor": 1.0, "model.capacity_group": 4},
+}
+
+
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        pytest.param([(4, 4)], id="4x4", marks=pytest.mark.slow),
+        pytest.param(MESHES[1:], id="every mesh", marks=pytest.mark.exhaustive),
+    ],
+)
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_twenty_losses_are_the_same(tmp_path, dispatch, meshes):
+    rng = np.random.default_rng(SEED)
+    words = ["".join(rng.choice(list("aeimnorst"), size=n)) for n in rng.integers(2, 8, size=60)]
+    text = ". ".join(" ".join(words[int(60 * r**3)] for r in rng.random(12)) for _ in range(4000))
+    (tmp_path / "words.txt").write_text(text)
+    flags = {
+        "train.steps": 20,
+        "train.log_every": 1,
+        "train.seed": SEED,
+        "optimizer.warmup_steps": 5,
+        "optimizer.learning_rate": 1e-2,
+        "data.source": "files",
+        "data.path": tmp_path / "words.txt",
+        "data.tokenizer": "bytes",
+        "data.cache": tmp_path / "cache",
+        "data.max_tokens": 60_000,
+        "data.eval_max_tokens": 2_000,
+        "model.dtype": "float64",
+        "model.d_model": 32,
+        "model.d_ff": 48,
+        "model.vocab_size": 300,
+        **DISPATCHES[dispatch],
+    }
+
+    def losses(mesh) -> tuple[list[float], list[float]]:
+        """Of each step, and the share of choices dropped."""
+        own = {"mesh.attention": mesh[0], "mesh.expert": mesh[1]}
+        folder = tmp_path / named(mesh)
+        arguments = [f"--config.{name}={value}" for name, value in (flags | own).items()]
+        command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={folder}", *arguments]
+        subprocess.run(command, cwd=REPOSITORY, env=kill.environment(), check=True, timeout=600)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [row for row in rows if row["split"] == "train"]
+        return [row["loss"] for row in rows], [row["dropped_fraction"] for row in rows]
+
+    expected, dropped = losses((1, 1))
+    assert len(expected) == 20
+    assert expected[0] - expected[-1] >= 1
+    assert (max(dropped) > 0) == (dispatch == "drops")
+    for mesh in meshes:
+        found, also_dropped = losses(mesh)
+        assert found == pytest.approx(expected, rel=1e-12), mesh
+        assert also_dropped == dropped, mesh
