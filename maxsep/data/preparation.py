@@ -46,7 +46,11 @@ def check(config: Config) -> None:
 
 
 class Preparation:
-    """Text, tokenizer and cache of a config; raises what `check` does."""
+    """Text, tokenizer and cache of a config.
+
+    Raises:
+        ConfigError: text or tokenizer is not there, or of no known kind, or the model has too few ids.
+    """
 
     def __init__(self, config: Config, log: Callable[[str], None]):
         data = config.data

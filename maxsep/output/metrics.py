@@ -1,4 +1,4 @@
-"""Definitions of every figure that a run reports, and their writer. docs/metrics.md says the same to users."""
+"""The rows of a run: their writer, and what its figures mean that are not FLOPs. docs/metrics.md says it to users."""
 
 import errno
 import json

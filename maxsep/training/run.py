@@ -68,7 +68,7 @@ class Run:
         """Step 0, with weights drawn from the seed or those that `train.init_from` names."""
         source = init_checkpoints(self.config)
         if source is None:
-            # XLA's CPU compiler would spend seconds on the random numbers, more than on the train step, to save little.
+            # XLA's CPU compiler would spend seconds on optimising the random numbers, more than on the train step.
             quick = {"xla_backend_optimization_level": 1} if self.mesh.devices.flat[0].platform == "cpu" else None
             return jax.jit(self.program.init, compiler_options=quick)()
         with Checkpoints(source, read_only=True) as checkpoints:
