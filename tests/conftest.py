@@ -27,6 +27,13 @@ import train  # noqa: E402
 from maxsep.config import cli  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def float64_off():
+    """A run in float64 turns it on for its process."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
 @pytest.fixture
 def workdir(tmp_path):
     """Path of a run that does not exist yet."""
@@ -48,8 +55,7 @@ def call(data, capsys, monkeypatch):
         status = cli.run(train.main, train.define, train.__doc__, "configs/tiny.py")
         return status, *capsys.readouterr()
 
-    yield call
-    jax.config.update("jax_enable_x64", False)  # a run in float64 turns it on
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
+import kill
 import pytest
 from absl import flags
 
@@ -148,8 +148,7 @@ def test_a_run_of_another_model_is_left_alone(workdir, capsys):
 )
 def test_the_same_from_a_shell(arguments, workdir):
     command = [sys.executable, "-W", "error", "train.py", f"--workdir={workdir}", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, env=kill.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
