@@ -134,10 +134,13 @@ def check(mesh, case, **fields):
 
     tolerance = TOLERANCE[model.dtype]
     close(y.reshape(B * S, -1), expected_y, tolerance, "output")
-    close(dx.reshape(B * S, -1), gradient["x"], tolerance, "gradient of x")
+    # The gradient of the scores is a difference of terms of order 1. Where one expert gets all the weight they cancel,
+    # and rounding is left of them; x takes it to the router's gradient, and the router's weights to that of x.
+    least = {"x": np.abs(w["router"]).max(), "router": np.abs(x).max()}
+    close(dx.reshape(B * S, -1), gradient["x"], tolerance, "gradient of x", least["x"])
     for name in w:
         section, leaf = NAMES[name]
-        close(dw[section][leaf][0], gradient[name], tolerance, f"gradient of {name}")
+        close(dw[section][leaf][0], gradient[name], tolerance, f"gradient of {name}", least.get(name, 0.0))
     assert stats["load_e"].tolist() == expected["load_e"].tolist()
     assert stats["dropped"] == expected["dropped"]
     for name in ("load_balancing", "router_z"):
@@ -145,10 +148,11 @@ def check(mesh, case, **fields):
     return expected
 
 
-def close(got, expected, tolerance, what):
+def close(got, expected, tolerance, what, least=0.0):
+    """Every difference is below `tolerance` of the largest entry, or of `least`."""
     largest = np.abs(expected).max()
     assert largest > 0, what
-    assert np.abs(got - expected).max() <= tolerance * largest, what
+    assert np.abs(got - expected).max() <= tolerance * max(largest, least), what
 
 
 CASES = ["uneven", "one expert", "empty experts", "ties"]
