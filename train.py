@@ -9,7 +9,6 @@ import sys
 from absl import flags
 
 from maxsep.config import cli
-from maxsep.data import preparation
 from maxsep.output import workdir
 from maxsep.parallel.start import start
 
@@ -20,6 +19,8 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: cli.Args) -> None:
+    from maxsep.data import preparation  # imports NumPy, which would double the time that --help takes
+
     training = args.flags.mode == "train"
     named = args.flags.workdir
     folder = cli.workdir(f"runs/{args.config.name}" if named is None else named, exists=not training)

@@ -179,6 +179,16 @@ def test_a_mistake_is_answered_before_jax_is_imported(argument, workdir):
     subprocess.run([sys.executable, "-c", code, *arguments], cwd=REPOSITORY, check=True, capture_output=True)
 
 
+def test_help_and_wrong_values_are_answered_before_numpy_is_imported():
+    code = "import sys, train\nfrom maxsep.config import cli\nfor argument in sys.argv[1:]:\n"
+    code += "    print(cli.run(train.main, train.define, '', 'configs/tiny.py', argv=['train.py', argument]))\n"
+    code += "assert 'numpy' not in sys.modules"
+    arguments = ["--help", "--bogus", "--config.model.layer=2", "--config.model.layers=x", "--config.mesh.expert=3"]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert done.stdout.split()[-len(arguments) :] == ["0", "2", "2", "2", "2"]
+
+
 def test_overrides():
     args = parsed(
         "--config=" + str(REPOSITORY / "configs" / "base.py"),
