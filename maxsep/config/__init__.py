@@ -14,9 +14,7 @@ from maxsep.config.schema import (
     TrainConfig,
     fields,
     from_config_dict,
-    mistyped,
     to_config_dict,
-    unknown_field,
 )
 
 __all__ = [
@@ -30,7 +28,5 @@ __all__ = [
     "TrainConfig",
     "fields",
     "from_config_dict",
-    "mistyped",
     "to_config_dict",
-    "unknown_field",
 ]

@@ -69,7 +69,7 @@ class Run:
         source = init_checkpoints(self.config)
         if source is None:
             # XLA's CPU compiler would spend seconds on optimising the random numbers, more than on the train step.
-            quick = {"xla_backend_optimization_level": 1} if self.mesh.devices.flat[0].platform == "cpu" else None
+            quick = {"xla_backend_optimization_level": 1} if self.program.layout.platform == "cpu" else None
             return jax.jit(self.program.init, compiler_options=quick)()
         with Checkpoints(source, read_only=True) as checkpoints:
             return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params))
