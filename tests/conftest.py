@@ -1,9 +1,8 @@
-"""Sixteen simulated devices for every test, and a cache of compiled programs; set before JAX is imported."""
+"""Sixteen simulated devices for every test; set before JAX is imported."""
 
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,18 +12,15 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # Sixteen devices on two cores wait for each other longer than XLA's limit. Most of the tests' time is LLVM's: it is
 # told to optimise nothing, in this process. What runs train.py in another one (kill.py) compiles as a user does.
 os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"
-# A folder a worker: JAX writes an entry in place, and another worker could read half of it.
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxsep" / "tests"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main")))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # programs of several simulated devices cannot be kept: parallel/start.py
 
 # After the environment is set: these import JAX.
-import jax  # noqa: E402
-import kill  # noqa: E402
-from runs import SMALL  # noqa: E402
+import jax
+import kill
+from runs import SMALL
 
-import train  # noqa: E402
-from maxsep.config import cli  # noqa: E402
+import train
+from maxsep.config import cli
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,10 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
     from maxsep.parallel.mesh import describe
 
     devices = jax.devices()
+    if devices[0].platform == "cpu" and len(devices) > 1:
+        # XLA's CPU backend does not store which collectives of a program wait for each other. Loaded again, two of them
+        # may run at once and take each other's data: wrong sums, or a segmentation fault (JAX 0.10 to 0.12).
+        jax.config.update("jax_enable_compilation_cache", False)
     if devices[0].platform != "cpu" and fit_mesh:
         config = fitted(config, len(devices))
         print(f"mesh fitted to {describe(devices)}: {config.mesh}", flush=True)

@@ -93,10 +93,18 @@ def test_a_cache_that_cannot_be_written_is_a_warning(cache_folder, capsys):
 
 def test_a_cache_that_the_user_names_stays(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/named/by/the/user")  # JAX reads it when it is imported
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     start.start(TINY, fit_mesh=False)
     assert jax.config.jax_compilation_cache_dir == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_programs_of_several_simulated_devices_are_not_kept():
+    """XLA's CPU backend would mix up their collectives when it has loaded them again."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    start.start(TINY, fit_mesh=False)
+    assert not jax.config.jax_enable_compilation_cache
 
 
 def test_float64_is_on_only_where_it_is_asked_for():

@@ -57,7 +57,8 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    return kill.flags(kill.text(tmp_path_factory.mktemp("text")))
+    """On one device: programs of several simulated ones are not kept, and each start would compile them."""
+    return kill.flags(kill.text(tmp_path_factory.mktemp("text")), mesh__attention=1, mesh__expert=1)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +107,12 @@ def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant):
+    """On 2 x 2 devices, whose programs are not kept."""
     flags = kill.flags(kill.text(tmp_path), **variant)
     killed_at_each(MOMENTS, tmp_path / "run", flags)
     kill.train(tmp_path / "whole", *flags)
     same(tmp_path / "run", tmp_path / "whole")
+    assert list(programs.glob("*-cache")) == []
 
 
 @pytest.mark.parametrize(
