@@ -1,5 +1,6 @@
 """Sixteen simulated devices for every test; set before JAX is imported."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # programs of several simulated de
 # After the environment is set: these import JAX.
 import jax
 import kill
+from jax.experimental.compilation_cache import compilation_cache
 from runs import SMALL
 
 import train
@@ -37,28 +39,51 @@ def workdir(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def kept_programs(tmp_path_factory):
+    """A context in which compiled programs are kept until the session ends; on one device only: parallel/start.py."""
+    folder = str(tmp_path_factory.mktemp("programs"))
+
+    def keep(on):
+        jax.config.update("jax_enable_compilation_cache", on)
+        jax.config.update("jax_compilation_cache_dir", folder if on else "")
+        compilation_cache.reset_cache()
+
+    @contextlib.contextmanager
+    def kept():
+        keep(True)
+        try:
+            yield
+        finally:
+            keep(False)
+
+    return kept
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return kill.text(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def call(data, capsys, monkeypatch):
+def call(data, capsys, monkeypatch, kept_programs):
     """Calls train.py in this process: its exit status, what it printed, and its errors."""
 
     def call(workdir, *arguments, **changed):
         argv = ["train.py", f"--workdir={workdir}", *kill.flags(data, **SMALL | changed), *arguments]
         monkeypatch.setattr(sys, "argv", argv)
-        status = cli.run(train.main, train.define, train.__doc__, "configs/tiny.py")
+        with kept_programs():
+            status = cli.run(train.main, train.define, train.__doc__, "configs/tiny.py")
         return status, *capsys.readouterr()
 
     return call
 
 
 @pytest.fixture(scope="session")
-def finished_run(data, tmp_path_factory):
+def finished_run(data, tmp_path_factory, kept_programs):
     folder = tmp_path_factory.mktemp("finished") / "run"
     argv = ["train.py", f"--workdir={folder}", *kill.flags(data, **SMALL)]
-    assert cli.run(train.main, train.define, train.__doc__, "configs/tiny.py", argv=argv) == cli.DONE
+    with kept_programs():
+        assert cli.run(train.main, train.define, train.__doc__, "configs/tiny.py", argv=argv) == cli.DONE
     return folder
 
 

@@ -45,10 +45,6 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
     from maxsep.parallel.mesh import describe
 
     devices = jax.devices()
-    if devices[0].platform == "cpu" and len(devices) > 1:
-        # XLA's CPU backend does not store which collectives of a program wait for each other. Loaded again, two of them
-        # may run at once and take each other's data: wrong sums, or a segmentation fault (JAX 0.10 to 0.12).
-        jax.config.update("jax_enable_compilation_cache", False)
     if devices[0].platform != "cpu" and fit_mesh:
         config = fitted(config, len(devices))
         print(f"mesh fitted to {describe(devices)}: {config.mesh}", flush=True)
@@ -56,6 +52,8 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
         raise ConfigError(f"mesh: got {config.mesh} = {config.mesh.devices} devices; takes at most {describe(devices)}")
     if config.mesh.devices < len(devices):
         print(f"using the first {config.mesh.devices} of {describe(devices)}", flush=True)
+    if devices[0].platform == "cpu" and config.mesh.devices > 1:
+        _keep_no_programs()
     _check_memory(config, devices[: config.mesh.devices], training)
     return config
 
@@ -104,6 +102,19 @@ def _cache_programs() -> None:
         print(f"warning: no compilation cache in {folder}: {e.strerror or e}", file=sys.stderr, flush=True)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _keep_no_programs() -> None:
+    """Turns the cache of compiled programs off.
+
+    XLA's CPU backend does not store which collectives of a program wait for each other. Loaded again, two of them may
+    run at once and take each other's data: wrong sums, or a segmentation fault (JAX 0.10 to 0.12).
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks for that setting once
 
 
 def _check_memory(config: Config, devices: list, training: bool) -> None:
