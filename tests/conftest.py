@@ -14,6 +14,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # told to optimise nothing, in this process. What runs train.py in another one (kill.py) compiles as a user does.
 os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # programs of several simulated devices cannot be kept: parallel/start.py
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # where programs are kept, no machine is too fast for it
 
 # After the environment is set: these import JAX.
 import jax

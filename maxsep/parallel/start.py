@@ -40,7 +40,6 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", config.mesh.devices)
-    _cache_programs()
 
     from maxsep.parallel.mesh import describe
 
@@ -54,6 +53,8 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
         print(f"using the first {config.mesh.devices} of {describe(devices)}", flush=True)
     if devices[0].platform == "cpu" and config.mesh.devices > 1:
         _keep_no_programs()
+    else:
+        _keep_programs()
     _check_memory(config, devices[: config.mesh.devices], training)
     return config
 
@@ -87,7 +88,7 @@ def _xla_flag(flag: str) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
-def _cache_programs() -> None:
+def _keep_programs() -> None:
     """XLA's compiled programs are kept in the user's cache folder, so that the next run starts in seconds."""
     import jax
 
@@ -108,11 +109,13 @@ def _keep_no_programs() -> None:
     """Turns the cache of compiled programs off.
 
     XLA's CPU backend does not store which collectives of a program wait for each other. Loaded again, two of them may
-    run at once and take each other's data: wrong sums, or a segmentation fault (JAX 0.10 to 0.12).
+    run at once and take each other's data (seen as segmentation faults on JAX 0.10 and 0.12).
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        print(f"warning: no compilation cache in {folder}: several simulated devices cannot use one", file=sys.stderr)
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX asks for that setting once
 

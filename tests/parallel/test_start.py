@@ -80,31 +80,38 @@ def cache_folder(monkeypatch, tmp_path):
 
 
 def test_compiled_programs_are_kept_in_the_users_cache(cache_folder):
-    start.start(TINY, fit_mesh=False)
+    start.start(on_mesh(1, 1), fit_mesh=False)
     assert jax.config.jax_compilation_cache_dir == str(cache_folder / "maxsep" / "xla")
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(cache_folder, capsys):
     cache_folder.write_text("a file")
-    start.start(TINY, fit_mesh=False)
+    start.start(on_mesh(1, 1), fit_mesh=False)
     error = capsys.readouterr().err
     assert error == f"warning: no compilation cache in {cache_folder}/maxsep/xla: Not a directory\n"
 
 
-def test_a_cache_that_the_user_names_stays(monkeypatch, tmp_path):
+def test_a_cache_that_the_user_names_stays(monkeypatch, cache_folder):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/named/by/the/user")  # JAX reads it when it is imported
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    start.start(TINY, fit_mesh=False)
+    start.start(on_mesh(1, 1), fit_mesh=False)
     assert jax.config.jax_compilation_cache_dir == before
-    assert list(tmp_path.iterdir()) == []
+    assert not cache_folder.exists()
 
 
-def test_programs_of_several_simulated_devices_are_not_kept():
+def test_programs_of_several_simulated_devices_are_not_kept(monkeypatch, cache_folder, capsys):
     """XLA's CPU backend would mix up their collectives when it has loaded them again."""
-    jax.config.update("jax_enable_compilation_cache", True)
-    start.start(TINY, fit_mesh=False)
-    assert not jax.config.jax_enable_compilation_cache
+    for folder, warning in (
+        (None, ""),
+        ("/mine", "warning: no compilation cache in /mine: several simulated devices cannot use one\n"),
+    ):
+        if folder:
+            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        jax.config.update("jax_enable_compilation_cache", True)
+        start.start(on_mesh(1, 2), fit_mesh=False)
+        assert not jax.config.jax_enable_compilation_cache
+        assert capsys.readouterr().err == warning
+        assert not cache_folder.exists()
 
 
 def test_float64_is_on_only_where_it_is_asked_for():
