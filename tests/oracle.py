@@ -123,10 +123,13 @@ def moe(x_td, w, model, groups=(), mask_tnd=None, direction_td=None):
     return y, stats, {"x": dx, **dw}
 
 
-def device_groups(rows: int, length: int, attention: int, expert: int, size: int | None) -> list[np.ndarray]:
-    """Token numbers of each group: of each device's tokens, or of `size` consecutive ones of those."""
-    numbers = np.arange(rows * length).reshape(expert, rows // expert, attention, length // attention)
-    devices = [numbers[e, :, a].ravel() for e in range(expert) for a in range(attention)]
+def device_groups(rows: int, length: int, s_parts: int, b_parts: int, size: int | None) -> list[np.ndarray]:
+    """Token numbers of each group: of each device's tokens, or of `size` consecutive ones of those.
+
+    Devices have one of `s_parts` parts of each sequence, of one of `b_parts` parts of the batch.
+    """
+    numbers = np.arange(rows * length).reshape(b_parts, rows // b_parts, s_parts, length // s_parts)
+    devices = [numbers[b, :, s].ravel() for b in range(b_parts) for s in range(s_parts)]
     return [group for device in devices for group in np.split(device, len(device) // (size or len(device)))]
 
 

@@ -14,26 +14,29 @@ SEED = int(os.environ.get("MAXSEP_TEST_SEED", "0"))
 MESHES = [(1, 1), (2, 2), (4, 4), (1, 16), (16, 1), (2, 8), (8, 2)]  # attention × expert
 
 
-def config(mesh: tuple[int, int] = (1, 1), **sections: dict) -> Config:
+def config(mesh: tuple[int, ...] = (1, 1), layout: str = "ma", **sections: dict) -> Config:
     """A valid config that every mesh shape of 16 devices divides, with `sections` (`model={"top_k": 1}`) changed.
+
+    `mesh` is attention × expert, or stage × attention × expert.
 
     Two layers of 16 with 16 heads and 16 experts, 16 sequences of 32 tokens, 200 ids.
     """
     base = Config(
         name="small",
-        mesh=MeshConfig(1, *mesh),
+        layout=layout,
+        mesh=MeshConfig(*(1, *mesh)[-3:]),
         train=TrainConfig(steps=20, batch_size=16, seed=SEED),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         data=DataConfig(sequence_length=32, tokenizer="tokenizer.json"),
-        model=ModelConfig(layers=2, d_model=16, heads=16, head_dim=4, experts=16, d_ff=12, vocab_size=200),
+        model=ModelConfig(layers=2, d_model=16, heads=16, head_dim=4, experts=16, d_ff=32, vocab_size=200),
     )
     made = replace(base, **{name: replace(getattr(base, name), **fields) for name, fields in sections.items()})
     validate(made)
     return made
 
 
-def named(mesh: tuple[int, int]) -> str:
-    return f"{mesh[0]}x{mesh[1]}"
+def named(mesh: tuple[int, ...]) -> str:
+    return "x".join(map(str, mesh))
 
 
 def text(config: Config, steps: int) -> np.ndarray:

@@ -6,65 +6,29 @@ else is compared between meshes are in float64, where a sum in another order mov
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from programs import END_OF_TEXT, gradients, leaves_differ, parameters, placed, trained
 from small import MESHES, SEED, config, named, text
 
-from maxsep.config import Config, ConfigError
+from maxsep.config import ConfigError
+from maxsep.config.layouts import AXES, row
 from maxsep.parallel.mesh import make_mesh
 from maxsep.training.run import Run
 
-END_OF_TEXT = 3
 ROUNDING = {"float32": 1e-5, "float64": 1e-12}  # of a leaf's largest entry; of a loss
 GAP = 1e-5  # between the scores of the last chosen and the next expert; float32's rounding moves a score by 2e-6
 
 
-def wide(c: Config):
-    """The context in which a config's program is made and run."""
-    return jax.enable_x64(c.model.dtype == "float64")
-
-
-@functools.cache
-def run(c: Config) -> Run:
-    with wide(c), jax.set_mesh(make_mesh(c)):
-        made = Run(c, END_OF_TEXT)
-    made.gradients = jax.jit(made.program._gradients)
-    made.train_step = functools.cache(made.compile_train_step)
-    return made
-
-
-def placed(tree, like):
-    return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), tree, like)
-
-
-def gradients(c: Config, params, batch, step: int = 0):
-    """Gradients and metrics of a step at `params`, as the train step computes them."""
-    r = run(c)
-    with wide(c), jax.set_mesh(r.mesh):
-        batch = jax.device_put(batch, r.batch_sharding)
-        return jax.device_get(r.gradients(placed(params, r.abstract_state.params), batch, np.int32(step)))
-
-
-def parameters(c: Config, draw: int = 0):
-    """Parameters of a config in float64, larger than a new model's: no gradient is lost in rounding."""
-    rng = np.random.default_rng([SEED, 5, draw])
-
-    def drawn(path, x):
-        noise = rng.normal(size=x.shape)
-        return 1 + noise / 4 if path[-1].key == "scale" else noise / 4
-
-    return jax.tree_util.tree_map_with_path(drawn, run(c).abstract_state.params)
-
-
-def leaves_differ(got, expected) -> dict[str, float]:
-    """Largest difference of each leaf as a share of its largest entry."""
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected)]
-    pairs = zip(paths, jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    return {path: float(np.abs(a - b).max() / np.abs(b).max()) for path, a, b in pairs}
+def devices_apart(c) -> tuple[int, int]:
+    """Parts of a sequence, and of the batch, whose choices are dispatched apart: axes of F join them."""
+    axes, sizes = row(c.layout), dict(zip(AXES, c.mesh.shape, strict=True))
+    return tuple(math.prod(sizes[axis] for axis in axes.get(x, ()) if axis not in axes.get("f", ())) for x in "sb")
 
 
 # Each config is compared with the dense oracle on its mesh; together they have each value of each switch.
@@ -103,10 +67,66 @@ STEPS = {
         "data": {"cross_document_attention": False},
         "optimizer": {"zero1": True},
     },
+    "ma_folded 4x4, capacity, kv heads replicated, documents": {
+        "layout": "ma_folded",
+        "mesh": (4, 4),
+        "model": {"capacity_factor": 1.25, "kv_heads": 2},
+        "data": {"cross_document_attention": False},
+    },
+    "tp 8x2, capacity, accumulation, kv heads replicated, tied": {
+        "layout": "tp",
+        "mesh": (8, 2),
+        "model": {"capacity_factor": 1.25, "kv_heads": 4, "tied_embedding": True},
+        "train": {"batch_size": 32, "accumulation": 2},
+    },
+    "zero 4x4, capacity, accumulation, documents": {
+        "layout": "zero",
+        "mesh": (4, 4),
+        "model": {"capacity_factor": 1.25, "kv_heads": 2},
+        "train": {"batch_size": 32, "accumulation": 2},
+        "data": {"cross_document_attention": False},
+    },
 }
+FLOAT64 = {"dtype": "float64"}
+SLOW_STEPS = {
+    "ma_folded 2x8, unrolled, dots, k 3, gelu": {
+        "layout": "ma_folded",
+        "mesh": (2, 8),
+        "model": FLOAT64 | {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
+    },
+    "tp 4x4, unrolled, full, k 3, gelu, zero1": {
+        "layout": "tp",
+        "mesh": (4, 4),
+        "model": FLOAT64 | {"scan_layers": False, "remat": "full", "top_k": 3, "activation": "gelu"},
+        "optimizer": {"zero1": True},
+    },
+    "zero 2x2x4, unrolled, dots, k 3, gelu, tied": {
+        "layout": "zero",
+        "mesh": (2, 2, 4),
+        "model": FLOAT64 | {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu", "kv_heads": 2},
+        "optimizer": {"zero1": True},
+    },
+    "zero 16x1, full": {"layout": "zero", "mesh": (16, 1), "model": {"remat": "full"}},
+    "zero 1x16": {"layout": "zero", "mesh": (1, 16), "model": FLOAT64},
+    "tp 16x1": {"layout": "tp", "mesh": (16, 1), "model": FLOAT64 | {"kv_heads": 4}},
+    "own, copies of the tokens, heads over two axes": {
+        "layout": "b=expert s=attention h=stage+attention f=stage v=expert",
+        "mesh": (2, 2, 4),
+        "model": FLOAT64 | {"capacity_factor": 1.25, "kv_heads": 2},
+    },
+    "own, tensor parallel experts in ma, weights at rest": {
+        "layout": "b=stage+expert s=attention h=attention e=attention+expert f=stage v=stage w=stage+expert",
+        "mesh": (2, 2, 4),
+        "model": {"capacity_factor": 1.25, "capacity_group": 8},
+        "optimizer": {"zero1": True},
+    },
+}
+STEPS |= SLOW_STEPS
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_STEPS else name for name in STEPS]
+)
 def test_a_step_equals_the_dense_model(name):
     """Loss and every gradient, with padded targets and a vocabulary that is no multiple of 128 nor of the mesh."""
     c = config(**STEPS[name])
@@ -114,7 +134,7 @@ def test_a_step_equals_the_dense_model(name):
     batch[:, -1, 20:] = -1
     batch[:, :, 11] = END_OF_TEXT
     rows, length = batch.shape[1], batch.shape[2] - 1
-    groups = oracle.device_groups(rows, length, c.mesh.attention, c.mesh.expert, c.model.capacity_group)
+    groups = oracle.device_groups(rows, length, *devices_apart(c), c.model.capacity_group)
     end_of_text = None if c.data.cross_document_attention else END_OF_TEXT
     with jax.enable_x64(True):
         loss = functools.partial(oracle.model_loss, batch_abt=batch, config=c, groups=groups, end_of_text=end_of_text)
@@ -186,7 +206,6 @@ def test_ids_that_the_tokenizer_lacks_are_never_produced():
     assert found["head_vd"][:few].any(axis=1).all()
 
 
-FLOAT64 = {"dtype": "float64"}
 DISPATCHES = {
     "dropless": {"model": FLOAT64},
     "drops": {
@@ -194,33 +213,6 @@ DISPATCHES = {
         "data": {"sequence_length": 64},
     },
 }
-
-
-@functools.cache
-def initial(c: Config):
-    r = run(c)
-    with wide(c), jax.set_mesh(r.mesh):
-        return jax.device_get(r.new_state())
-
-
-@functools.cache
-def trained(c: Config, weights: Config | None = None) -> tuple[list[float], float, list[int]]:
-    """Losses of `train.steps` steps on the same text, the largest change of a router weight, choices dropped a step.
-
-    `weights` is the config whose new state it starts from: c, or one of another mesh or seed. That a mesh does not
-    change it is a test of its own, in training/test_step.py.
-    """
-    r = run(c)
-    new = initial(weights or c)
-    with wide(c), jax.set_mesh(r.mesh):
-        state, step = placed(new, r.abstract_state), r.train_step()
-        losses, dropped = [], []
-        for batch in text(c, c.train.steps):
-            state, metrics = step(state, jax.device_put(batch, r.batch_sharding))
-            losses.append(float(metrics["loss"]))
-            dropped.append(int(metrics["dropped_l"].sum()))
-        before, after = (s.params["blocks"]["moe"]["router"]["w_lde"] for s in (new, jax.device_get(state)))
-    return losses, float(np.abs(after - before).max()), dropped
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,8 @@ from dataclasses import dataclass, field
 import ml_collections
 from ml_collections import config_dict
 
-from maxsep.config.layouts import LAYOUTS
-
 # What a field takes that has a few named values. Kept here, without JAX, so that a mistake is answered at once.
 CHOICES = {
-    "layout": tuple(LAYOUTS),
     "data.source": ("docstrings", "tfds", "files"),
     "model.activation": ("swiglu", "gelu"),
     "model.remat": ("none", "full", "dots"),
@@ -155,7 +152,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class Config:
     name: str = "base"  # names the run's default workdir, runs/NAME
-    layout: str = "ma"  # which mesh axis splits what: maxsep/config/layouts.py
+    layout: str = "ma"  # which mesh axis splits what: ma, ma_folded, tp, zero, or a row of one's own (docs/layouts.md)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,14 +1,17 @@
 """The rules a config keeps: the range of each field, and which fields must fit each other."""
 
+import math
 import re
 from operator import attrgetter
 from pathlib import PurePath
 
+from maxsep.config import layouts
 from maxsep.config.schema import CHOICES, Config, ConfigError, fields
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32's; importing NumPy to ask it takes 0.1 s
 WIDE = ("train.seed", "data.max_tokens", "data.eval_max_tokens")  # integers that never become int32
 GPT2_IDS = 50_257
+MOST_DEVICES = 4096  # along an axis, where one is suggested
 GPT2_FEWEST_IDS = 257  # a byte each, and the end of a text
 
 
@@ -155,28 +158,67 @@ def _model(config: Config) -> None:
 
 
 def _mesh(config: Config) -> None:
-    mesh, model = config.mesh, config.model
+    """Every rule follows from the layout's row."""
+    model, (micro_batch, length) = config.model, _micro_batch(config)
+    row, sizes = layouts.row(config.layout), dict(zip(layouts.AXES, config.mesh.shape, strict=True))
     _at_least(config, 1, "mesh.stage", "mesh.attention", "mesh.expert")
-    _need(mesh.stage == 1, "mesh.stage", mesh.stage, f"1 where layout is {config.layout}")
-    _multiple(config, "model.heads", "mesh.attention")
-    _multiple(config, "data.sequence_length", "mesh.attention")
-    _multiple(config, "model.experts", "mesh.expert")
-    kv_heads = model.n_kv_heads
-    holds = kv_heads % mesh.attention == 0 or mesh.attention % kv_heads == 0
-    _need(holds, "model.kv_heads", kv_heads, f"a multiple or a divisor of mesh.attention ({mesh.attention})")
-    holds = model.padded_vocab_size % mesh.attention == 0
-    takes = f"a size that, rounded up to 128s, mesh.attention ({mesh.attention}) divides"
-    _need(holds, "model.vocab_size", model.vocab_size, takes)
-    micro_batch = config.train.batch_size // config.train.accumulation
-    takes = f"a multiple of mesh.expert ({mesh.expert})"
-    _need(micro_batch % mesh.expert == 0, "train.batch_size / train.accumulation", micro_batch, takes)
+
+    def ways(letter: str) -> int:
+        return math.prod(sizes[axis] for axis in row.get(letter, ()))
+
+    working = {axis for letter in "bshef" for axis in row.get(letter, ())}
+    for axis, size in sizes.items():
+        takes = f"1, as layout {config.layout} splits no work over it"
+        _need(size == 1 or axis in working, f"mesh.{axis}", size, takes)
+    _divide(config, row, sizes)
+
+    kv_heads, parts = model.n_kv_heads, ways("h")
+    takes = f"a multiple or a divisor of {parts}, the parts of model.heads on this mesh"
+    _need(kv_heads % parts == 0 or parts % kv_heads == 0, "model.kv_heads", kv_heads, takes)
+    own = length // ways("s")
     if model.capacity_group is not None:
-        group, tokens = model.capacity_group, config.data.sequence_length // mesh.attention
+        group = model.capacity_group
         holds = model.capacity_factor is not None
         _need(holds, "model.capacity_group", group, "None where model.capacity_factor is None (nothing is dropped)")
-        takes = f"a divisor of data.sequence_length / mesh.attention ({tokens})"
-        _need(tokens % group == 0, "model.capacity_group", group, takes)
-    tokens = micro_batch // mesh.expert * (config.data.sequence_length // mesh.attention)
+        _need(own % group == 0, "model.capacity_group", group, f"a divisor of a device's part of a sequence ({own})")
+    joined = math.prod(sizes[axis] for axis in row.get("f", ()) if axis in row.get("b", ()) + row.get("s", ()))
+    tokens = micro_batch // ways("b") * own * joined
     holds = tokens * model.top_k * model.experts < 2**31
     takes = f"fewer: a device's {tokens} tokens x model.top_k x model.experts is 2**31 or more, too many to sort"
     _need(holds, "train.batch_size / train.accumulation", micro_batch, takes)
+
+
+def _micro_batch(config: Config) -> tuple[int, int]:
+    """Sequences of a micro-batch, and their tokens."""
+    return config.train.batch_size // config.train.accumulation, config.data.sequence_length
+
+
+def _divide(config: Config, row: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> None:
+    """Every dimension divides by the axes that split it; where one does not, the error says which sizes would do."""
+    model, (micro_batch, length) = config.model, _micro_batch(config)
+    dimensions = {
+        "b": ("train.batch_size / train.accumulation", micro_batch),
+        "s": ("data.sequence_length", length),
+        "h": ("model.heads", model.heads),
+        "e": ("model.experts", model.experts),
+        "f": ("model.d_ff", model.d_ff),
+        "v": ("model.vocab_size, rounded up to 128s,", model.padded_vocab_size),
+    }
+
+    def undivided(sizes: dict[str, int]) -> list[str]:
+        ways = {letter: math.prod(sizes[axis] for axis in axes) for letter, axes in row.items()}
+        return [letter for letter, (_, size) in dimensions.items() if size % ways.get(letter, 1)]
+
+    def near(axis: str, numbers: range) -> list[str]:
+        return [f"mesh.{axis}={n}" for n in numbers if not undivided(sizes | {axis: n})][:1]
+
+    for letter in undivided(sizes):
+        path, size = dimensions[letter]
+        axes = [axis for axis in row[letter] if sizes[axis] > 1]
+        fits = []
+        for axis in axes:
+            most = min(size, MOST_DEVICES)
+            fits += near(axis, range(min(sizes[axis] - 1, most), 0, -1)) + near(axis, range(sizes[axis] + 1, most + 1))
+        takes = " or ".join(fits) or f"sizes whose product divides {size}"
+        got = " x ".join(f"{axis} {sizes[axis]}" for axis in axes)
+        raise ConfigError(f"mesh: got {got}; takes {takes}, as layout {config.layout} splits {path} ({size}) over it")

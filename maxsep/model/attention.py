@@ -6,9 +6,9 @@ from flax import nnx
 from jax import lax
 
 from maxsep.config import ModelConfig
-from maxsep.model.layers import normal, rotate
+from maxsep.model.layers import normal, rotate, use
 from maxsep.parallel import collectives
-from maxsep.parallel.mesh import Layout
+from maxsep.parallel.layout import Layout
 
 # Without a fused kernel, queries come in at most MOST_BLOCKS blocks (each is compiled) of LEAST_QUERIES or more.
 LEAST_QUERIES, MOST_BLOCKS = 64, 16
@@ -29,22 +29,22 @@ class Attention(nnx.Module):
 
     def __call__(self, x_bsd: jax.Array, segments_bs: jax.Array | None) -> jax.Array:
         """[b, s, D] -> [b, s, D]. `segments_bs` [b, S] numbers documents; None: attend across them."""
-        axes, dtype = self.layout.axes("s"), x_bsd.dtype
-        x_bsd = collectives.gather(x_bsd, axes, dim=1)
-        wq, wo = self.wq_ldhq[...].astype(dtype), self.wo_lhqd[...].astype(dtype)
-        wk, wv = (self._own_heads(w[...]).astype(dtype) for w in (self.wk_ldkq, self.wv_ldkq))
+        axes, dtype = self.layout.axes("h"), x_bsd.dtype
+        x_bsd = self.layout.join(x_bsd, axes)
+        wq, wo = use(self.wq_ldhq, dtype), use(self.wo_lhqd, dtype)
+        wk, wv = (self._own_heads(use(w, dtype), wq.shape[1]) for w in (self.wk_ldkq, self.wv_ldkq))
         q_bshq = rotate(jnp.einsum("bsd,dhq->bshq", x_bsd, wq), self.theta)
         k_bskq = rotate(jnp.einsum("bsd,dkq->bskq", x_bsd, wk), self.theta)
         v_bskq = jnp.einsum("bsd,dkq->bskq", x_bsd, wv)
         attend = fused_attention if self.kernel == "cudnn" else blocked_attention
         y_bshq = attend(q_bshq, k_bskq, v_bskq, segments_bs)
-        return collectives.reduce_scatter(jnp.einsum("bshq,hqd->bsd", y_bshq, wo), axes, dim=1)
+        return self.layout.part(jnp.einsum("bshq,hqd->bsd", y_bshq, wo), axes)
 
-    def _own_heads(self, w_dkq: jax.Array) -> jax.Array:
-        """The key/value heads that this device's query heads need."""
+    def _own_heads(self, w_dkq: jax.Array, queries: int) -> jax.Array:
+        """The key/value heads that this device's `queries` query heads need."""
         if self.layout.ways("k") == self.layout.ways("h"):
             return w_dkq
-        queries = self.wq_ldhq[...].shape[1]  # fewer than a group: they share one head
+        # Fewer queries than a group share one head.
         first = collectives.index(self.layout.axes("h")) * queries // self.group
         return lax.dynamic_slice_in_dim(w_dkq, first, max(1, queries // self.group), axis=1)
 

@@ -9,9 +9,9 @@ from flax import nnx
 from jax import lax
 
 from maxsep.config import ModelConfig
-from maxsep.model.layers import normal
+from maxsep.model.layers import normal, use
 from maxsep.parallel import collectives
-from maxsep.parallel.mesh import Layout
+from maxsep.parallel.layout import Layout
 
 BLOCK = 128  # rows of one product in the CPU's dropless path
 
@@ -29,7 +29,7 @@ class Experts(nnx.Module):
 
     def _weights(self, dtype) -> tuple[tuple[jax.Array, ...], jax.Array]:
         inputs = (self.w_gate_ledf, self.w_in_ledf) if self.activation == "swiglu" else (self.w_in_ledf,)
-        return tuple(w[...].astype(dtype) for w in inputs), self.w_out_lefd[...].astype(dtype)
+        return tuple(use(w, dtype) for w in inputs), use(self.w_out_lefd, dtype)
 
     @jax.named_scope("experts")
     def padded(self, x_ecd: jax.Array) -> jax.Array:

@@ -16,9 +16,9 @@ BLOCK_LOGITS, MOST_BLOCKS = 8 * 2**20, 16
 def cross_entropy(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, ids: int, axes: Axes):
     """This device's share of the summed next-token cross-entropy (nats, float32 or wider).
 
-    `x_td` [T, D] are the tokens of whole sequences, the same on every device along `axes`, over which the rows of
-    `table_vd` are split; each of those devices returns an equal share of the sum. Targets of -1 count nothing. Rows
-    from `ids` on have no probability: padding, or ids that the tokenizer does not have.
+    `x_td` [T, D] are the same tokens on every device along `axes`, over which the rows of `table_vd` are split; each of
+    those devices returns an equal share of the sum. Targets of -1 count nothing. Rows from `ids` on have no
+    probability: padding, or ids that the tokenizer does not have.
     """
     return _loss(ids, axes, x_td, table_vd, targets_t)
 

@@ -1,17 +1,28 @@
-"""Parameters, and the small layers: norm, rotary positions, embedding."""
+"""Weights, and the small layers: norm, rotary positions, embedding."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from maxsep.parallel import collectives
-from maxsep.parallel.mesh import Layout
+from maxsep.parallel.layout import Layout
 
 
 def normal(rngs: nnx.Rngs, layout: Layout, letters: str, shape: tuple[int, ...], std: float, dtype) -> nnx.Param:
-    """Normally distributed parameter, drawn straight into its sharding; on any mesh the same but for rounding."""
-    draw = jax.random.normal(rngs.params(), shape, dtype, out_sharding=layout.spec(letters))
-    return nnx.Param(draw * jnp.asarray(std, dtype))
+    """Normally distributed weights, drawn straight into their sharding; on any mesh the same but for rounding."""
+    spec, parts = layout.at_rest(letters, shape)
+    draw = jax.random.normal(rngs.params(), shape, dtype, out_sharding=spec)
+    return nnx.Param(draw * jnp.asarray(std, dtype), parts=parts)
+
+
+def use(weight: nnx.Param, dtype=None) -> jax.Array:
+    """What a device computes with of weights, in `dtype` (None: their own): gathered where they are stored in parts."""
+    w = weight[...]
+    dtype = w.dtype if dtype is None else dtype
+    if weight.parts is None:
+        return w.astype(dtype)
+    axes, dim = weight.parts
+    return collectives.gather_weight(w, axes, w.ndim + dim, dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -42,7 +53,7 @@ def rotate(x_bshq: jax.Array, theta: float) -> jax.Array:
 
 
 class Embedding(nnx.Module):
-    """A row of `table_vd` for each token id. The layout's `v` splits the rows, its `s` the result's sequence."""
+    """A row of `table_vd` for each token id. Devices that split the rows look up the tokens of all of them."""
 
     def __init__(self, rngs: nnx.Rngs, layout: Layout, rows: int, d_model: int, dtype):
         self.table_vd = normal(rngs, layout, "vd", (rows, d_model), 0.02, dtype)
@@ -50,9 +61,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_bs: jax.Array, dtype) -> jax.Array:
         """Ids [b, S] of whole sequences -> [b, s, D] in `dtype`."""
-        table = self.table_vd[...]
-        local = tokens_bs - collectives.index(self.layout.axes("v")) * table.shape[0]
+        table, axes = use(self.table_vd), self.layout.axes("v")
+        tokens_bs = self.layout.join_ids(tokens_bs, axes)
+        local = tokens_bs - collectives.index(axes) * table.shape[0]
         here = (local >= 0) & (local < table.shape[0])
         # A device adds zeros for rows it does not hold, so the sum is exact in any dtype.
         rows = jnp.where(here[..., None], table.at[jnp.where(here, local, 0)].get(mode="clip"), 0).astype(dtype)
-        return collectives.reduce_scatter(rows, self.layout.axes("s"), dim=1)
+        return self.layout.part(rows, axes)

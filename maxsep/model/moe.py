@@ -7,12 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxsep.config import ModelConfig
-from maxsep.config.layouts import AXES
 from maxsep.model import dispatch
 from maxsep.model.experts import Experts
 from maxsep.model.router import Router
-from maxsep.parallel import collectives
-from maxsep.parallel.mesh import Layout
+from maxsep.parallel.layout import Layout
 
 
 class MoEStats(NamedTuple):
@@ -37,30 +35,41 @@ class MoE(nnx.Module):
 
         `token_bs` numbers this device's tokens in the global batch, for `dropout_key`'s masks; no key, no dropout.
         """
-        model = self.model
+        layout, model = self.layout, self.model
         x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
         with jax.named_scope("router"):
             routing = self.router(x_td)
         with jax.named_scope("dispatch"):
-            axes = self.layout.axes("e")
+            # Devices that split the experts' hidden size take the tokens of all of them: each has a part of every sum.
+            together = layout.axes("f")
+            token_bs = layout.join(own_bs := token_bs, together)
+
+            def joined(own_t):
+                x_bs = layout.join(own_t.reshape(*own_bs.shape, *own_t.shape[1:]), together)
+                return x_bs.reshape(-1, *own_t.shape[1:])
+
+            x_td, ids_tn, weights_tn = (joined(own_t) for own_t in (x_td, routing.ids_tn, routing.weights_tn))
+            axes = layout.axes("e")
             if model.capacity_factor is None:
-                y_tnd, dropped = dispatch.dropless(x_td, routing.ids_tn, self.experts, model.experts, axes)
+                y_tnd, dropped = dispatch.dropless(x_td, ids_tn, self.experts, model.experts, axes)
             else:
                 y_tnd, dropped = dispatch.with_capacity(
-                    x_td, routing.ids_tn, self.experts, model.experts, axes, model.capacity_factor, model.capacity_group
+                    x_td, ids_tn, self.experts, model.experts, axes, model.capacity_factor, model.capacity_group
                 )
             if dropout_key is not None:
                 y_tnd *= _dropout_mask(
                     dropout_key, token_bs.ravel(), y_tnd.shape[1:], model.expert_dropout, y_tnd.dtype
                 )
-            y_td = jnp.einsum("tn,tnd->td", routing.weights_tn.astype(y_tnd.dtype), y_tnd)
+            y_td = jnp.einsum("tn,tnd->td", weights_tn.astype(y_tnd.dtype), y_tnd)
+            y_bsd = layout.part(y_td.reshape(*token_bs.shape, -1), together)
+        apart = layout.token_axes
         stats = MoEStats(
-            jax.lax.psum(routing.load_balancing, AXES),
-            jax.lax.psum(routing.router_z, AXES),
+            layout.total(routing.load_balancing, apart),
+            layout.total(routing.router_z, apart),
             routing.load_e,
-            jax.lax.psum(collectives.vary(dropped), AXES),
+            layout.total(dropped, tuple(axis for axis in apart if axis not in together)),
         )
-        return y_td.reshape(x_bsd.shape), stats
+        return y_bsd, stats
 
 
 def _dropout_mask(key: jax.Array, token_t: jax.Array, shape: tuple[int, ...], rate: float, dtype) -> jax.Array:

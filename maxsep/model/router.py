@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from maxsep.config.layouts import AXES
-from maxsep.model.layers import normal
+from maxsep.model.layers import normal, use
 from maxsep.parallel import collectives
-from maxsep.parallel.mesh import Layout
+from maxsep.parallel.layout import Layout
 
 
 class Routing(NamedTuple):
@@ -29,17 +28,17 @@ class Router(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, layout: Layout, layers: int, d_model: int, experts: int, top_k: int, dtype):
         self.w_lde = normal(rngs, layout, "ld-", (layers, d_model, experts), d_model**-0.5, dtype)
-        self.top_k = top_k
+        self.layout, self.top_k = layout, top_k
 
     def __call__(self, x_td: jax.Array) -> Routing:
-        w_de = self.w_lde[...]
+        w_de = use(self.w_lde)
         experts = w_de.shape[-1]
         # Reduced precision here would flip choices; the product is small.
         scores_te = jnp.dot(x_td.astype(w_de.dtype), w_de, precision=lax.Precision.HIGHEST)
         top_tn, ids_tn = lax.top_k(scores_te, self.top_k)
         load_e = jnp.sum(ids_tn[..., None] == jnp.arange(experts), axis=(0, 1), dtype=jnp.int32)
-        load_e = lax.psum(load_e, AXES)
-        tokens = x_td.shape[0] * collectives.size(AXES)
+        load_e = self.layout.total(load_e, self.layout.token_axes)
+        tokens = x_td.shape[0] * collectives.size(self.layout.token_axes)
         # Switch Transformer (Fedus et al. 2021), equation 4, with the choices of all tokens of the micro-batch:
         # experts × Σ share of choices × mean probability, 1 when balanced. Gradients flow through the probabilities.
         share_e = load_e.astype(scores_te.dtype) / (tokens * self.top_k)

@@ -12,15 +12,20 @@ from flax import nnx
 from jax import lax
 
 from maxsep.config import ConfigError, ModelConfig
-from maxsep.config.layouts import AXES
 from maxsep.model import head
 from maxsep.model.attention import Attention
-from maxsep.model.layers import Embedding, RMSNorm, normal
+from maxsep.model.layers import Embedding, RMSNorm, normal, use
 from maxsep.model.moe import MoE, MoEStats
 from maxsep.parallel import collectives
-from maxsep.parallel.mesh import Layout
+from maxsep.parallel.layout import Layout
+
+
+def _gather_again(primitive, *_, **__) -> bool:
+    return not primitive.name.startswith("all_gather")
+
 
 REMAT_POLICIES = {
+    "none": _gather_again,  # only where weights are stored in parts: a layer's are not kept whole
     "full": None,  # keep a block's input alone
     "dots": jax.checkpoint_policies.dots_saveable,
 }
@@ -68,7 +73,9 @@ class Transformer(nnx.Module):
         self.layout, self.model, self.ids = layout, model, ids
 
     def hidden(self, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None):
-        """Ids [b, S] -> final hidden states [b, S, D] of whole sequences, and every layer's `MoEStats`.
+        """Ids [b, S] of whole sequences -> final hidden states, and every layer's `MoEStats`.
+
+        The states [b, s, D] are of the tokens of all devices that split the vocabulary.
 
         `first_row` is the micro-batch's first sequence's place in the global batch. With `end_of_text` (an id) tokens
         attend within their document only.
@@ -92,7 +99,7 @@ class Transformer(nnx.Module):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
             return block(x_bsd, segments_bs, token_bs, key)
 
-        if model.remat != "none":
+        if model.remat != "none" or layout.ways("w") > 1:
             block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=not model.scan_layers)
         numbers = jnp.arange(model.layers)
         if model.scan_layers:
@@ -104,7 +111,7 @@ class Transformer(nnx.Module):
                 layers.append(layer_stats)
             stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         with jax.named_scope("head"):
-            return collectives.gather(self.final_norm(x_bsd), layout.axes("s"), dim=1), stats
+            return layout.join(self.final_norm(x_bsd), layout.axes("v")), stats
 
     def losses(self, batch_bt: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None) -> Losses:
         """Records [b, S + 1] of ids, -1 for padding -> `Losses`."""
@@ -112,10 +119,11 @@ class Transformer(nnx.Module):
         x_bsd, stats = self.hidden(tokens_bs, first_row, dropout_key, end_of_text)
         table = self.embedding.table_vd if self.model.tied_embedding else self.head_vd
         with jax.named_scope("head"):
-            axes = self.layout.axes("v")
+            layout, axes = self.layout, self.layout.axes("v")
             x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
-            nll = head.cross_entropy(x_td, table[...], targets_bs.ravel(), self.ids, axes)
-            return Losses(lax.psum(nll, AXES), stats)
+            targets_t = layout.join_ids(targets_bs, axes).ravel()
+            nll = head.cross_entropy(x_td, use(table), targets_t, self.ids, axes)
+            return Losses(layout.total(nll, layout.token_axes + axes), stats)
 
 
 def unstack(tree, layers: int) -> list:

@@ -5,9 +5,11 @@ the mesh axes from the layout and does nothing where those have size 1, so the s
 what one device holds.
 """
 
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from maxsep.config.layouts import AXES
@@ -33,6 +35,21 @@ def vary(tree):
 def gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """The whole of dimension `dim` from its parts on the devices along `axes`; the gradient is a reduce-scatter."""
     return x if size(axes) == 1 else lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_weight(w: jax.Array, axes: Axes, dim: int, dtype) -> jax.Array:
+    """The whole of a weight in `dtype` from its parts, cast before they are sent.
+
+    The gradient is a reduce-scatter in the weight's own dtype: sums over devices are not in bfloat16.
+    """
+    return gather(w.astype(dtype), axes, dim)
+
+
+gather_weight.defvjp(
+    lambda w, axes, dim, dtype: (gather_weight(w, axes, dim, dtype), jnp.zeros((), w.dtype)),
+    lambda axes, dim, dtype, own, g: (reduce_scatter(g.astype(own.dtype), axes, dim),),
+)
 
 
 def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:

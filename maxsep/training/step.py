@@ -16,9 +16,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from maxsep.config import Config
+from maxsep.config.layouts import AXES
 from maxsep.model.transformer import Transformer, attention_kernel
 from maxsep.parallel import collectives
-from maxsep.parallel.mesh import Layout, replicating_axes, zero_spec
+from maxsep.parallel.layout import Layout
+from maxsep.parallel.sharding import added, replicating_axes, split_further
 from maxsep.training.optimizer import adamw, schedule
 
 
@@ -71,7 +73,7 @@ class Program:
     def _zero_spec(self, x) -> P:
         if not self.config.optimizer.zero1:
             return x.sharding.spec
-        return zero_spec(x.sharding.spec, x.shape, self.layout.sizes)[0]
+        return split_further(x.sharding.spec, x.shape, self.layout.sizes, AXES, reversed(range(x.ndim)))[0]
 
     @property
     def batch_spec(self) -> P:
@@ -162,13 +164,9 @@ class Program:
 
     def _reduce(self, gradient: jax.Array, spec: P, zero: P) -> jax.Array:
         """Sum over the devices that hold the same parameter; with ZeRO-1 each keeps its part of the sum."""
-        axes = replicating_axes(spec)
-        split = tuple(axis for axis in axes if axis not in replicating_axes(zero))
-        if split:
-            dim = next(i for i, part in enumerate(zero) if part == split or part == split[0])
-            gradient = lax.psum_scatter(gradient, split, scatter_dimension=dim, tiled=True)
-        rest = tuple(axis for axis in axes if axis not in split)
-        return lax.psum(gradient, rest) if rest else gradient
+        if split := added(spec, zero):
+            gradient = collectives.reduce_scatter(gradient, *split)
+        return collectives.total(gradient, replicating_axes(zero))
 
     def eval_step(self, params: dict, batch_abt: jax.Array) -> Evaluation:
         """Cross-entropy of records [1, batch, S + 1]; no dropout."""

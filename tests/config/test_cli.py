@@ -51,8 +51,14 @@ MISTAKES = {
     "unknown activation": (["--config.model.activation=relu"], "model.activation: got 'relu'"),
     "too many choices": (["--config.model.top_k=17"], "model.top_k: got 17"),
     # mesh shapes
-    "mesh that does not divide the experts": (["--config.mesh.expert=3"], "model.experts: got 16"),
-    "mesh that does not divide the heads": (["--config.mesh.attention=32"], "model.heads: got 16"),
+    "mesh that does not divide the experts": (
+        ["--config.mesh.expert=3"],
+        "mesh: got expert 3; takes mesh.expert=2 or mesh.expert=4, as layout ma splits train.batch_size",
+    ),
+    "mesh that does not divide the heads": (
+        ["--config.mesh.attention=32"],
+        "mesh: got attention 32; takes mesh.attention=16, as layout ma splits model.heads (16) over it",
+    ),
     "mesh that does not divide the batch": (["--config.mesh.expert=16", "--config.train.batch_size=8"], "batch_size"),
     "mesh larger than the machine": (
         ["--config.mesh.expert=16"],

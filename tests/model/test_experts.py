@@ -13,7 +13,8 @@ from small import config
 from maxsep.config.layouts import AXES
 from maxsep.model.experts import BLOCK, Experts
 from maxsep.parallel import collectives
-from maxsep.parallel.mesh import Layout, make_mesh
+from maxsep.parallel.layout import Layout
+from maxsep.parallel.mesh import make_mesh
 
 COUNTS = {
     "uneven": [3, 2 * BLOCK + 5, 1, 40],

@@ -15,7 +15,9 @@ from small import MESHES, SEED, config, named
 
 from maxsep.model.moe import MoE
 from maxsep.parallel import collectives
-from maxsep.parallel.mesh import Layout, make_mesh, replicating_axes
+from maxsep.parallel.layout import Layout
+from maxsep.parallel.mesh import make_mesh
+from maxsep.parallel.sharding import replicating_axes
 
 B, S = 16, 32
 KEY = 7

@@ -1,0 +1,239 @@
+"""Every layout gives what one device gives: the losses and figures of twelve steps, also after moves between layouts.
+
+That each gradient is right is in test_equality.py. Here faults are planted in what devices add up: each must be seen.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from programs import first_step, leaves_differ, parameters, run, trained
+from small import SEED, config, text
+
+import train
+from maxsep.config import cli
+from maxsep.config.layouts import AXES
+from maxsep.output.checkpoint import Checkpoints
+from maxsep.parallel import collectives
+from maxsep.parallel.layout import Layout
+from maxsep.parallel.sharding import replicating_axes
+from maxsep.training import step
+from maxsep.training.step import Program
+
+ROWS = {
+    "ma": [(4, 4), (2, 8)],
+    "ma_folded": [(4, 4), (2, 8)],
+    "tp": [(8, 2), (4, 4)],
+    "zero": [(4, 4), (2, 2, 4)],
+}
+EXACT = 1e-9
+DROPLESS, DROPS = {"capacity_factor": None}, {"capacity_factor": 1.0, "capacity_group": 4}
+# Every pair of values of dispatch, expert dropout and ZeRO-1.
+SWITCHES = {
+    "dropless": (DROPLESS, 0.0, False),
+    "dropless, dropout, zero1": (DROPLESS, 0.1, True),
+    "drops, zero1": (DROPS, 0.0, True),
+    "drops, dropout": (DROPS, 0.1, False),
+}
+
+
+def switched(switches: str, mesh=(1, 1), layout="ma", layers=4, accumulation=4):
+    dispatch, dropout, zero1 = SWITCHES[switches]
+    return config(
+        mesh,
+        layout,
+        model={"layers": layers, "dtype": "float64", "expert_dropout": dropout, **dispatch},
+        train={"steps": 12, "batch_size": 16 * accumulation, "accumulation": accumulation},
+        optimizer={"zero1": zero1},
+    )
+
+
+def check_losses(alone, c):
+    expected, found = trained(alone), trained(c, alone)
+    assert expected.losses[0] - expected.losses[-1] >= 0.5, "it learns"
+    assert (max(expected.dropped) > 0) == (c.model.capacity_factor is not None)
+    assert found.losses == pytest.approx(expected.losses, rel=EXACT)
+    assert found.dropped == expected.dropped
+
+
+@pytest.mark.parametrize(
+    ("layout", "switches"),
+    [("ma_folded", "dropless, dropout, zero1"), ("tp", "drops, dropout"), ("zero", "dropless, dropout, zero1")],
+)
+def test_a_layout_has_the_losses_of_one_device(layout, switches):
+    small = functools.partial(switched, switches, layers=2, accumulation=2)
+    check_losses(small(), small(ROWS[layout][0], layout))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switches", SWITCHES)
+@pytest.mark.parametrize("layout", ROWS)
+def test_a_layout_has_the_losses_of_one_device_with_every_switch(layout, switches):
+    """The meshes take turns, so that each layout has each value of each switch on both."""
+    alone = switched(switches)
+    for mesh in ROWS[layout]:
+        check_losses(alone, switched(switches, mesh, layout))
+
+
+def test_a_checkpoint_moves_between_all_layouts(tmp_path):
+    def abstract(layout, mesh):
+        return run(config(mesh, layout, optimizer={"zero1": True})).abstract_state
+
+    rng = np.random.default_rng(SEED)
+    shapes = abstract("zero", (2, 2, 4))
+    saved = jax.tree.map(
+        lambda x: jax.device_put(np.frombuffer(rng.bytes(x.size * 4), x.dtype).reshape(x.shape), x.sharding), shapes
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, saved, {})
+        for layout in ROWS:
+            wanted = abstract(layout, ROWS[layout][0])
+            restored, _ = checkpoints.restore(wanted)
+            assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, wanted)
+            for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
+                assert np.asarray(leaf).tobytes() == np.asarray(expected).tobytes()
+
+
+TRIP = [("ma", (4, 4)), ("tp", (8, 2)), ("zero", (4, 4)), ("ma_folded", (2, 8)), ("ma", (1, 1))]
+
+
+@pytest.mark.slow
+def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
+    """train.py, three steps on each: `ma`, `tp`, `zero`, `ma_folded` and one device."""
+    values = {
+        "layers": 4,
+        "d_model": 32,
+        "heads": 16,
+        "experts": 16,
+        "d_ff": 32,
+        "vocab_size": 257,
+        "dtype": "float64",
+        "expert_dropout": 0.1,
+        "capacity_factor": 1.0,
+        "capacity_group": 4,
+    }
+
+    def go(folder, layout, mesh, steps):
+        flags = {
+            "layout": layout,
+            "mesh.attention": mesh[0],
+            "mesh.expert": mesh[1],
+            "train.steps": steps,
+            "train.batch_size": 32,
+            "train.accumulation": 2,
+            "train.log_every": 1,
+            "optimizer.warmup_steps": 2,
+            "optimizer.decay_steps": 15,
+            "optimizer.learning_rate": 1e-2,
+            "data.source": "files",
+            "data.path": data,
+            "data.cache": tmp_path / "cache",
+            "data.sequence_length": 32,
+            "data.tokenizer": "bytes",
+            **{f"model.{name}": value for name, value in values.items()},
+        }
+        argv = ["train.py", f"--workdir={folder}", "--config=configs/base.py"]
+        argv += [f"--config.{name}={value}" for name, value in flags.items()]
+        assert cli.run(train.main, train.define, train.__doc__, "configs/tiny.py", argv=argv) == cli.DONE
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+
+    undisturbed = go(tmp_path / "alone", "ma", (1, 1), 15)
+    for number, (layout, mesh) in enumerate(TRIP, 1):
+        moved = go(tmp_path / "moved", layout, mesh, 3 * number)
+    assert sorted(moved) == list(range(1, 16))
+    assert undisturbed[1] - undisturbed[15] > 0.5
+    for at, loss in undisturbed.items():
+        assert moved[at] == pytest.approx(loss, rel=EXACT), at
+
+
+# Faults: what a layout's sums could get wrong, planted in the code that train.py runs.
+
+
+def expert_gradients_not_summed(monkeypatch):
+    """Devices that hold the same experts keep one device's gradient."""
+
+    def reduce(self, gradient, spec, zero):
+        if "expert" not in replicating_axes(spec):
+            first = collectives.index(replicating_axes(spec)) == 0
+            gradient = jnp.where(first, gradient, 0)
+        return true_reduce(self, gradient, spec, zero)
+
+    true_reduce = Program._reduce
+    monkeypatch.setattr(Program, "_reduce", reduce)
+
+
+def attention_gradients_summed_over_heads_too(monkeypatch):
+    def reduce(self, gradient, spec, zero):
+        gradient = true_reduce(self, gradient, spec, zero)
+        of_heads = "attention" not in replicating_axes(spec) and gradient.ndim == 4
+        return lax.psum(gradient, "attention") if of_heads else gradient
+
+    true_reduce = Program._reduce
+    monkeypatch.setattr(Program, "_reduce", reduce)
+
+
+def norm_counts_copies(monkeypatch):
+    """Every device adds up what it holds."""
+
+    def norm(gradients):
+        def square(leaf):
+            sizes = jax.typeof(leaf).sharding.mesh.shape
+            copies = np.prod([sizes[axis] for axis in replicating_axes(jax.typeof(leaf).sharding.spec)])
+            return copies * jnp.sum(jnp.square(leaf))
+
+        return jnp.sqrt(sum(square(leaf) for leaf in jax.tree.leaves(gradients)))
+
+    monkeypatch.setattr(step.optax.tree, "norm", norm)
+
+
+def statistic_counted_on_every_device(monkeypatch):
+    monkeypatch.setattr(Layout, "total", lambda self, x, apart: lax.psum(collectives.vary(x), AXES))
+
+
+MOE, ATTENTION = "['blocks']['moe']['experts']", "['blocks']['attention']"
+FAULTS = {
+    expert_gradients_not_summed: ("ma", {f"{MOE}['{w}_ledf']" for w in ("w_in", "w_gate")} | {f"{MOE}['w_out_lefd']"}),
+    attention_gradients_summed_over_heads_too: ("ma", {f"{ATTENTION}['{w}_ldkq']" for w in ("wk", "wv")}),
+    norm_counts_copies: ("ma", {"grad_norm"}),
+    statistic_counted_on_every_device: ("tp", {"dropped_l"}),
+}
+
+
+def differing(c, expected) -> set[str]:
+    """Gradients and figures of a first step that are not those of one device."""
+    gradients, figures = first_step(c, *step_inputs())
+    wrong = {name for name, share in leaves_differ(gradients, expected[0]).items() if share > EXACT}
+    for name, value in expected[1].items():
+        if not np.allclose(figures[name], value, rtol=EXACT, atol=0):
+            wrong.add(name)
+    return wrong
+
+
+def fault_config(layout="ma", mesh=(1, 1)):
+    return config(mesh, layout, model={"layers": 1, "dtype": "float64", **DROPS})
+
+
+def step_inputs():
+    return parameters(fault_config()), text(fault_config(), 1)[0]
+
+
+@functools.cache
+def one_device():
+    return first_step(fault_config(), *step_inputs())
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_a_step_of_one_device(layout):
+    assert differing(fault_config(layout, (2, 2)), one_device()) == set()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_seen(fault, monkeypatch):
+    layout, shows = FAULTS[fault]
+    fault(monkeypatch)
+    assert shows <= differing(fault_config(layout, (2, 2)), one_device())
