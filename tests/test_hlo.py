@@ -23,6 +23,11 @@ class Instruction:
     called: tuple[str, ...]  # computations: of a loop's body, a fusion, a reduction
     body: str | None  # of a loop
 
+    @property
+    def size(self) -> int:
+        """Elements of the result, an array."""
+        return math.prod(int(n) for n in re.match(r"\w+\[([\d,]*)\]", self.shape)[1].split(",") if n)
+
 
 def parse(text: str) -> dict[str, list[Instruction]]:
     """HLO text as the instructions of each computation."""
@@ -45,16 +50,22 @@ def within(computations: dict, name: str) -> list[Instruction]:
     return out
 
 
-def run(mesh: tuple[int, int]) -> Run:
+def compiled(mesh: tuple[int, int], layout: str = "ma", rows: int = 0, accumulation: int = 1, **model) -> tuple:
+    """Forward pass and train step of two layers, on micro-batches of `rows` (0: one each for `expert`)."""
     attention, expert = mesh
-    return Run(
-        config(
-            mesh,
-            train={"batch_size": expert},
-            data={"sequence_length": T * attention},
-            model={"d_model": D, "d_ff": F, "experts": E, "heads": 4, "head_dim": 10, "capacity_factor": 1.25},
-        )
+    widths = {"d_model": D, "d_ff": F, "experts": E, "heads": 4, "head_dim": 10, "capacity_factor": 1.25}
+    c = config(
+        mesh,
+        layout,
+        train={"batch_size": (rows or expert) * accumulation, "accumulation": accumulation},
+        data={"sequence_length": T * attention},
+        model=widths | model,
     )
+    with jax.set_mesh(make_mesh(c)):
+        r = Run(c)
+        batch = jax.ShapeDtypeStruct(r.eval_shape, jnp.int32, sharding=r.batch_sharding)
+        forward = r.eval_step.lower(r.abstract_state.params, batch).compile().as_text()
+        return parse(forward), parse(r.compile_train_step().as_text())
 
 
 @pytest.fixture(
@@ -63,12 +74,16 @@ def run(mesh: tuple[int, int]) -> Run:
     ids=named,
 )
 def programs(request):
-    with jax.set_mesh(make_mesh(config(request.param, model={"heads": 4, "experts": 4}, train={"batch_size": 4}))):
-        r = run(request.param)
-        batch = jax.ShapeDtypeStruct(r.eval_shape, jnp.int32, sharding=r.batch_sharding)
-        forward = r.eval_step.lower(r.abstract_state.params, batch).compile().as_text()
-        step = r.compile_train_step().as_text()
-    return request.param, parse(forward), parse(step)
+    return request.param, *compiled(request.param)
+
+
+def peers(exchange: Instruction) -> int:
+    """Devices of an all-to-all: it has a result from each."""
+    return exchange.shape.count("[")
+
+
+def exchanges(computations) -> list[Instruction]:
+    return [i for instructions in computations.values() for i in instructions if i.opcode.startswith("all-to-all")]
 
 
 def test_a_layer_of_the_forward_pass_has_two_exchanges(programs):
@@ -94,3 +109,49 @@ def test_no_tensor_of_tokens_experts_and_capacity(programs):
     for dims in seen:
         assert not {T, E, C} <= set(dims)
         assert math.prod(dims) % (T * E * C), dims
+
+
+def test_tensor_parallelism_exchanges_no_tokens():
+    for computations in compiled((2, 2), "tp"):
+        assert exchanges(computations) == []
+
+
+def test_folded_experts_are_exchanged_twice_over_the_whole_mesh():
+    forward, step = compiled((2, 2), "ma_folded")
+    (body,) = (i.body for instructions in forward.values() for i in instructions if i.body)
+    assert [peers(i) for i in within(forward, body) if i.opcode == "all-to-all"] == [4, 4]
+    assert len(exchanges(forward)) == 2
+    assert set(map(peers, exchanges(step))) == {4}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        *(pytest.param({"remat": remat}, marks=pytest.mark.slow) for remat in ("full", "dots")),
+        pytest.param({"scan_layers": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_layers_weights_are_gathered_once_forward_and_once_backward(model):
+    """In `zero`: a layer at a time, inside the loop over micro-batches, and never the whole stack."""
+    attention, expert = 2, 4
+    layers = 1 if model.get("scan_layers", True) else 2
+    _, step = compiled((attention, expert), "zero", rows=8, accumulation=2, **model)
+    projections, router, experts = 4 * [D * 4 * 10], [D * E], 3 * [E // expert * D * F]
+    of_a_layer = sorted(projections + router + experts)
+    gathers = {
+        name: sorted(i.size for i in instructions if i.opcode == "all-gather" and i.shape.startswith("f32"))
+        for name, instructions in step.items()
+    }
+    tokens, table = attention * T * attention * D, 256 // attention * D
+    assert not {tokens, table} & set(of_a_layer)
+    of_weights = {name: [n for n in sizes if n not in (tokens, table)] for name, sizes in gathers.items()}
+    seen = sorted(filter(None, of_weights.values()))
+    if layers == 1:
+        assert seen == [of_a_layer, of_a_layer]  # the bodies of the loops over layers
+    else:
+        assert seen == [sorted(of_a_layer * 2 * layers)]  # the body of the loop over micro-batches
+    entry = next(reversed(step))
+    assert of_weights[entry] == []
+    assert any(i.body for i in step[entry])

@@ -73,10 +73,9 @@ def test_a_layout_has_the_losses_of_one_device(layout, switches):
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("layout", ROWS)
 def test_a_layout_has_the_losses_of_one_device_with_every_switch(layout, switches):
-    """The meshes take turns, so that each layout has each value of each switch on both."""
-    alone = switched(switches)
-    for mesh in ROWS[layout]:
-        check_losses(alone, switched(switches, mesh, layout))
+    """The two meshes take turns."""
+    mesh = ROWS[layout][list(SWITCHES).index(switches) % 2]
+    check_losses(switched(switches), switched(switches, mesh, layout))
 
 
 def test_a_checkpoint_moves_between_all_layouts(tmp_path):

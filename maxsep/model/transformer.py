@@ -107,6 +107,9 @@ class Transformer(nnx.Module):
         else:
             layers = []
             for number, one in enumerate(unstack(self.blocks, model.layers)):
+                if layout.ways("w") > 1:
+                    # Else XLA gathers all layers' weights before the loop over micro-batches, and keeps them.
+                    x_bsd, one = lax.optimization_barrier((x_bsd, one))
                 x_bsd, layer_stats = block(x_bsd, (one, number))
                 layers.append(layer_stats)
             stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)

@@ -43,18 +43,25 @@ def gather_weight(w: jax.Array, axes: Axes, dim: int, dtype) -> jax.Array:
 
     The gradient is a reduce-scatter in the weight's own dtype: sums over devices are not in bfloat16.
     """
-    return gather(w.astype(dtype), axes, dim)
-
-
-gather_weight.defvjp(
-    lambda w, axes, dim, dtype: (gather_weight(w, axes, dim, dtype), jnp.zeros((), w.dtype)),
-    lambda axes, dim, dtype, own, g: (reduce_scatter(g.astype(own.dtype), axes, dim),),
-)
+    return _gather_weight_fwd(w, axes, dim, dtype)[0]
 
 
 def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """Sum over the devices along `axes`, of which each keeps its part of dimension `dim`; the gradient is a gather."""
     return x if size(axes) == 1 else lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+
+def _gather_weight_fwd(w, axes, dim, dtype):
+    with jax.named_scope("parameters"):
+        return gather(w.astype(dtype), axes, dim), jnp.zeros((), w.dtype)
+
+
+def _gather_weight_bwd(axes, dim, dtype, own, g):
+    with jax.named_scope("gradient_reduction"):
+        return (reduce_scatter(g.astype(own.dtype), axes, dim),)
+
+
+gather_weight.defvjp(_gather_weight_fwd, _gather_weight_bwd)
 
 
 def exchange(x: jax.Array, axes: Axes, split: int, concat: int) -> jax.Array:

@@ -13,7 +13,7 @@ from maxsep.config import Config
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
-from maxsep.measure import flops
+from maxsep.measure import flops, memory
 from maxsep.output import metrics
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import init_checkpoints
@@ -125,6 +125,7 @@ class Run:
         """What runs, for the console."""
         config, model = self.config, self.config.model
         micro = f" in {config.train.accumulation} micro-batches" if config.train.accumulation > 1 else ""
+        state = memory.of_state(self.abstract_state)
         capacity = "dropless" if model.capacity_factor is None else f"capacity {model.capacity_factor}"
         return {
             "layout": f"{config.layout}: {config.mesh}",
@@ -132,6 +133,7 @@ class Run:
             "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
             f"top {model.top_k}, {capacity}, {model.dtype}",
             "parameters": f"{model.parameters:,}",
+            "state a device": ", ".join(f"{kind} {_size(count)}" for kind, count in state.items()),
             "attention kernel": self.program.kernel,
             "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
             **self._warmup(),
@@ -142,3 +144,8 @@ class Run:
         if steps > warmup:
             return {}
         return {"learning rate": f"rises to the end: optimizer.warmup_steps is {warmup}, train.steps {steps}"}
+
+
+def _size(count: int) -> str:
+    """Bytes, for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

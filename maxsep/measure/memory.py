@@ -1,0 +1,26 @@
+"""What a program's state takes on a device, by kind, from its abstract arrays: known before anything runs."""
+
+import math
+
+import jax
+
+from maxsep.parallel.sharding import axes_of
+
+
+def bytes_on_device(tree) -> int:
+    """Bytes of one device's parts of abstract arrays, or arrays, that know their sharding."""
+
+    def size(x) -> int:
+        if x.sharding is None or not x.ndim:
+            return x.size * x.dtype.itemsize
+        sizes = x.sharding.mesh.shape
+        ways = math.prod(sizes[axis] for dim in range(x.ndim) for axis in axes_of(x.sharding.spec, dim))
+        return x.size * x.dtype.itemsize // ways
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def of_state(state) -> dict[str, int]:
+    """Bytes a device of a `TrainState`, and of its gradients: they are summed where they arise, one for each weight."""
+    weights = bytes_on_device(state.params)
+    return {"weights": weights, "gradients": weights, "optimizer": bytes_on_device(state.optimizer)}

@@ -1,0 +1,23 @@
+"""The state's bytes on a device: those that its arrays have there."""
+
+import jax
+import pytest
+from abstract import abstract
+from programs import run
+from small import config, named
+
+from maxsep.measure.memory import bytes_on_device, of_state
+
+
+@pytest.mark.parametrize(
+    ("layout", "mesh", "zero1"), [("ma", (4, 4), True), ("tp", (8, 2), False), ("zero", (2, 2, 4), False)], ids=str
+)
+def test_bytes_are_those_of_the_devices_shards(layout, mesh, zero1):
+    c = config(mesh, layout, optimizer={"zero1": zero1})
+    r = run(c)
+    with jax.set_mesh(r.mesh):
+        state = r.new_state()
+    for kind, tree in (("weights", state.params), ("optimizer", state.optimizer)):
+        shards = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+        assert of_state(r.abstract_state)[kind] == of_state(abstract(c).state)[kind] == shards, named(mesh)
+    assert of_state(r.abstract_state)["gradients"] == bytes_on_device(state.params)
