@@ -9,6 +9,7 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "16"
+os.environ["PJRT_NPROC"] = "17"  # a thread more than devices: parallel/start.py
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # Sixteen devices on two cores wait for each other longer than XLA's limit. Most of the tests' time is LLVM's: it is
 # told to optimise nothing, in this process. What runs train.py in another one (kill.py) compiles as a user does.

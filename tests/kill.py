@@ -59,7 +59,8 @@ def flags(data: Path, **changed) -> list[str]:
 
 def environment() -> dict[str, str]:
     """A user's, with no cache of programs: without what the tests set for their own process."""
-    return {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    own = ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC", "XLA_FLAGS")
+    return {name: value for name, value in os.environ.items() if name not in own}
 
 
 class Process:

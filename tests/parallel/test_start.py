@@ -119,3 +119,14 @@ def test_float64_is_on_only_where_it_is_asked_for():
     assert jax.config.jax_enable_x64
     start.start(TINY, fit_mesh=False)
     assert not jax.config.jax_enable_x64
+
+
+THREADS = [("", 64, "65"), ("x", 64, "65"), ("3", 4, "5"), ("9", 4, "9")]
+
+
+@pytest.mark.parametrize(("threads", "devices", "left"), THREADS)
+def test_a_thread_is_left_free_beside_the_simulated_devices(monkeypatch, threads, devices, left):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("PJRT_NPROC", threads)
+    start._leave_a_thread_free(devices)
+    assert os.environ["PJRT_NPROC"] == left
