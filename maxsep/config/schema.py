@@ -35,7 +35,7 @@ class ConfigError(ValueError):
 class MeshConfig:
     """Sizes of the device mesh's axes; their product is the number of devices."""
 
-    stage: int = 1  # pipeline stages
+    stage: int = 1  # pipelines are not there yet; a further axis for zero, or for a layout of one's own
     attention: int = 1  # devices that share one sequence: heads in attention, positions between blocks
     expert: int = 1  # devices that share one set of experts, and the batch
 

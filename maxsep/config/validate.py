@@ -11,8 +11,8 @@ from maxsep.config.schema import CHOICES, Config, ConfigError, fields
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32's; importing NumPy to ask it takes 0.1 s
 WIDE = ("train.seed", "data.max_tokens", "data.eval_max_tokens")  # integers that never become int32
 GPT2_IDS = 50_257
-MOST_DEVICES = 4096  # along an axis, where one is suggested
 GPT2_FEWEST_IDS = 257  # a byte each, and the end of a text
+MOST_DEVICES = 4096  # along an axis, where one is suggested
 
 
 def validate(config: Config) -> None:
@@ -159,7 +159,7 @@ def _model(config: Config) -> None:
 
 def _mesh(config: Config) -> None:
     """Every rule follows from the layout's row."""
-    model, (micro_batch, length) = config.model, _micro_batch(config)
+    model, dimensions = config.model, _dimensions(config)
     row, sizes = layouts.row(config.layout), dict(zip(layouts.AXES, config.mesh.shape, strict=True))
     _at_least(config, 1, "mesh.stage", "mesh.attention", "mesh.expert")
 
@@ -170,40 +170,42 @@ def _mesh(config: Config) -> None:
     for axis, size in sizes.items():
         takes = f"1, as layout {config.layout} splits no work over it"
         _need(size == 1 or axis in working, f"mesh.{axis}", size, takes)
-    _divide(config, row, sizes)
+    _divide(config.layout, row, sizes, dimensions)
 
     kv_heads, parts = model.n_kv_heads, ways("h")
     takes = f"a multiple or a divisor of {parts}, the parts of model.heads on this mesh"
     _need(kv_heads % parts == 0 or parts % kv_heads == 0, "model.kv_heads", kv_heads, takes)
-    own = length // ways("s")
+    own = config.data.sequence_length // ways("s")
     if model.capacity_group is not None:
         group = model.capacity_group
         holds = model.capacity_factor is not None
         _need(holds, "model.capacity_group", group, "None where model.capacity_factor is None (nothing is dropped)")
         _need(own % group == 0, "model.capacity_group", group, f"a divisor of a device's part of a sequence ({own})")
     joined = math.prod(sizes[axis] for axis in row.get("f", ()) if axis in row.get("b", ()) + row.get("s", ()))
+    micro_batch_path, micro_batch = dimensions["b"]
     tokens = micro_batch // ways("b") * own * joined
     holds = tokens * model.top_k * model.experts < 2**31
     takes = f"fewer: a device's {tokens} tokens x model.top_k x model.experts is 2**31 or more, too many to sort"
-    _need(holds, "train.batch_size / train.accumulation", micro_batch, takes)
+    _need(holds, micro_batch_path, micro_batch, takes)
 
 
-def _micro_batch(config: Config) -> tuple[int, int]:
-    """Sequences of a micro-batch, and their tokens."""
-    return config.train.batch_size // config.train.accumulation, config.data.sequence_length
-
-
-def _divide(config: Config, row: dict[str, tuple[str, ...]], sizes: dict[str, int]) -> None:
-    """Every dimension divides by the axes that split it; where one does not, the error says which sizes would do."""
-    model, (micro_batch, length) = config.model, _micro_batch(config)
-    dimensions = {
-        "b": ("train.batch_size / train.accumulation", micro_batch),
-        "s": ("data.sequence_length", length),
+def _dimensions(config: Config) -> dict[str, tuple[str, int]]:
+    """The field and the size of what each letter of a layout splits."""
+    model, train = config.model, config.train
+    return {
+        "b": ("train.batch_size / train.accumulation", train.batch_size // train.accumulation),
+        "s": ("data.sequence_length", config.data.sequence_length),
         "h": ("model.heads", model.heads),
         "e": ("model.experts", model.experts),
         "f": ("model.d_ff", model.d_ff),
         "v": ("model.vocab_size, rounded up to 128s,", model.padded_vocab_size),
     }
+
+
+def _divide(
+    layout: str, row: dict[str, tuple[str, ...]], sizes: dict[str, int], dimensions: dict[str, tuple[str, int]]
+) -> None:
+    """Every dimension divides by the axes that split it; where one does not, the error says which sizes would do."""
 
     def undivided(sizes: dict[str, int]) -> list[str]:
         ways = {letter: math.prod(sizes[axis] for axis in axes) for letter, axes in row.items()}
@@ -221,4 +223,4 @@ def _divide(config: Config, row: dict[str, tuple[str, ...]], sizes: dict[str, in
             fits += near(axis, range(min(sizes[axis] - 1, most), 0, -1)) + near(axis, range(sizes[axis] + 1, most + 1))
         takes = " or ".join(fits) or f"sizes whose product divides {size}"
         got = " x ".join(f"{axis} {sizes[axis]}" for axis in axes)
-        raise ConfigError(f"mesh: got {got}; takes {takes}, as layout {config.layout} splits {path} ({size}) over it")
+        raise ConfigError(f"mesh: got {got}; takes {takes}, as layout {layout} splits {path} ({size}) over it")

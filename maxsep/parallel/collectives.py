@@ -46,11 +46,6 @@ def gather_weight(w: jax.Array, axes: Axes, dim: int, dtype) -> jax.Array:
     return _gather_weight_fwd(w, axes, dim, dtype)[0]
 
 
-def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """Sum over the devices along `axes`, of which each keeps its part of dimension `dim`; the gradient is a gather."""
-    return x if size(axes) == 1 else lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
-
-
 def _gather_weight_fwd(w, axes, dim, dtype):
     with jax.named_scope("parameters"):
         return gather(w.astype(dtype), axes, dim), jnp.zeros((), w.dtype)
@@ -62,6 +57,11 @@ def _gather_weight_bwd(axes, dim, dtype, own, g):
 
 
 gather_weight.defvjp(_gather_weight_fwd, _gather_weight_bwd)
+
+
+def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """Sum over the devices along `axes`, of which each keeps its part of dimension `dim`; the gradient is a gather."""
+    return x if size(axes) == 1 else lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
 
 
 def exchange(x: jax.Array, axes: Axes, split: int, concat: int) -> jax.Array:

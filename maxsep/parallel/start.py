@@ -32,7 +32,7 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
     # Simulated devices share the cores: one may wait minutes for the others. XLA's limit would kill the run.
     _xla_flag("--xla_cpu_collective_call_terminate_timeout_seconds=600")
-    _leave_a_thread_free(int(os.environ.get("JAX_NUM_CPU_DEVICES") or config.mesh.devices))
+    _leave_a_thread_free(_number("JAX_NUM_CPU_DEVICES") or config.mesh.devices)
     if config.train.deterministic:
         _xla_flag("--xla_gpu_deterministic_ops=true")
 
@@ -95,9 +95,19 @@ def _leave_a_thread_free(devices: int) -> None:
     Where every thread is busy with a device, a large matrix product may take wrong numbers: seen in the output head's
     gradient, the first rows of each device's part, on JAX 0.10 and 0.12.
     """
-    threads = os.environ.get("PJRT_NPROC", "")
-    wanted = int(threads) if threads.isdecimal() else os.cpu_count() or 1
-    os.environ["PJRT_NPROC"] = str(max(wanted, devices + 1))
+    if (_number("PJRT_NPROC") or _cores()) <= devices:
+        os.environ["PJRT_NPROC"] = str(devices + 1)
+
+
+def _cores() -> int:
+    """Cores that this process may use, as XLA counts them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _number(variable: str) -> int | None:
+    """An environment variable's value; None where it is not set, or no number: JAX complains of that itself."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else None
 
 
 def _keep_programs() -> None:

@@ -121,12 +121,12 @@ def test_float64_is_on_only_where_it_is_asked_for():
     assert not jax.config.jax_enable_x64
 
 
-THREADS = [("", 64, "65"), ("x", 64, "65"), ("3", 4, "5"), ("9", 4, "9")]
+THREADS = [("", 64, "65"), ("x", 64, "65"), ("3", 4, "5"), ("4", 4, "5"), ("9", 4, "9"), ("", 1, "")]
 
 
 @pytest.mark.parametrize(("threads", "devices", "left"), THREADS)
 def test_a_thread_is_left_free_beside_the_simulated_devices(monkeypatch, threads, devices, left):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(start, "_cores", lambda: 2)
     monkeypatch.setenv("PJRT_NPROC", threads)
     start._leave_a_thread_free(devices)
     assert os.environ["PJRT_NPROC"] == left
