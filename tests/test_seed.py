@@ -1,10 +1,14 @@
 """The study's run, `configs/seed.py`, type-checked on meshes that no machine here has, and what it costs there."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 from abstract import abstract, seed
 from small import named
 
+from maxsep.config.paths import REPOSITORY
+from maxsep.measure.communication import sent
 from maxsep.measure.memory import of_state
 
 
@@ -42,3 +46,28 @@ def test_the_whole_train_step_type_checks_on_sixteen_devices(layout, mesh):
     assert parameters == config.model.parameters + padding
     # ZeRO-1: nothing of the optimizer's state is on two devices, but for two counts of steps.
     assert of_state(state)["optimizer"] == 2 * 4 * parameters / 16 + 2 * 4
+
+
+COLUMNS = [("ma", (4, 4)), ("ma_folded", (4, 4)), ("tp", (8, 2)), ("zero", (4, 4))]
+
+
+def test_what_the_page_on_layouts_says_of_the_studys_run():
+    """The table of docs/layouts.md, GB a device."""
+    page = (REPOSITORY / "docs" / "layouts.md").read_text(encoding="utf-8")
+    table = page.split("## The study's run")[1].split("The study's table")[0]
+    rows = {
+        cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in table.splitlines() if "|" in line)
+    }
+    for number, (layout, mesh) in enumerate(COLUMNS):
+        config = seed(layout, mesh)
+        devices, program, state, batch = abstract(config)
+        unsplit = abstract(replace(config, optimizer=replace(config.optimizer, zero1=False))).state
+        memory, bytes_sent = of_state(state), sent(program.train_step, state, batch, mesh=devices)
+        said = {name: cells[number] for name, cells in rows.items()}
+        assert said["weights, and gradients as much"] == f"{memory['weights'] / 1e9:.2f}"
+        optimizer = (memory["optimizer"] / 1e9, of_state(unsplit)["optimizer"] / 1e9)
+        assert said["optimizer state (without ZeRO-1)"] == "{:.2f} ({:.2f})".format(*optimizer)
+        for name, role in (("sent a step: attention", "attention"), ("embedding and head", "embedding, head")):
+            assert float(said[name]) == round(bytes_sent[role] / 1e9, 1)
+        for role in ("dispatch", "gradients", "parameters"):
+            assert float(said[role]) == round(bytes_sent[role] / 1e9, 1)
