@@ -13,6 +13,13 @@ SEED = int(os.environ.get("MAXSEP_TEST_SEED", "0"))
 
 MESHES = [(1, 1), (2, 2), (4, 4), (1, 16), (16, 1), (2, 8), (8, 2)]  # attention × expert
 
+ROWS = {  # of each layout two meshes of 16 devices
+    "ma": [(4, 4), (2, 8)],
+    "ma_folded": [(4, 4), (2, 8)],
+    "tp": [(8, 2), (4, 4)],
+    "zero": [(4, 4), (2, 2, 4)],
+}
+
 
 def config(mesh: tuple[int, ...] = (1, 1), layout: str = "ma", **sections: dict) -> Config:
     """A valid config that every mesh shape of 16 devices divides, with `sections` (`model={"top_k": 1}`) changed.

@@ -7,7 +7,7 @@ import sys
 import kill
 import numpy as np
 import pytest
-from small import MESHES, SEED, named
+from small import MESHES, ROWS, SEED, named
 
 from maxsep.config.paths import REPOSITORY
 
@@ -96,3 +96,37 @@ def test_large_products_are_right_where_every_device_is_busy(tmp_path):
         return row["grad_norm"]
 
     assert norm(2) == pytest.approx(norm(1), rel=1e-12)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_tiny_has_the_losses_of_one_device_under_every_layout(tmp_path, capacity, dropout):
+    """Twelve steps on the default corpus. Each layout's two meshes take turns with ZeRO-1."""
+    flags = {
+        "model.layers": 4,
+        "train.steps": 12,
+        "train.batch_size": 64,
+        "train.accumulation": 4,
+        "train.log_every": 1,
+        "data.eval_max_tokens": 2_000,
+        "model.dtype": "float64",
+        "model.expert_dropout": dropout,
+        "model.capacity_factor": capacity,
+        "model.capacity_group": capacity and 16,
+    }
+
+    def losses(layout: str, mesh: tuple[int, ...], zero1: bool) -> list[float]:
+        stage, attention, expert = (1, *mesh)[-3:]
+        own = {"layout": layout, "mesh.stage": stage, "mesh.attention": attention, "mesh.expert": expert}
+        own["optimizer.zero1"] = zero1
+        arguments = [f"--config.{name}={value}" for name, value in (flags | own).items()]
+        return [row["loss"] for row in train(tmp_path / f"{layout}-{named(mesh)}", arguments)]
+
+    expected = losses("ma", (1, 1), False)
+    assert len(expected) == 12
+    assert expected[0] - expected[-1] >= 1
+    for layout, meshes in ROWS.items():
+        for number, mesh in enumerate(meshes):
+            zero1 = (number == 0) == (capacity is None)
+            assert losses(layout, mesh, zero1) == pytest.approx(expected, rel=1e-9), (layout, mesh, zero1)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 from programs import first_step, leaves_differ, parameters, run, trained
-from small import SEED, config, text
+from small import ROWS, SEED, config, text
 
 import train
 from maxsep.config import cli
@@ -24,12 +24,6 @@ from maxsep.parallel.sharding import replicating_axes
 from maxsep.training import step
 from maxsep.training.step import Program
 
-ROWS = {
-    "ma": [(4, 4), (2, 8)],
-    "ma_folded": [(4, 4), (2, 8)],
-    "tp": [(8, 2), (4, 4)],
-    "zero": [(4, 4), (2, 2, 4)],
-}
 EXACT = 1e-9
 DROPLESS, DROPS = {"capacity_factor": None}, {"capacity_factor": 1.0, "capacity_group": 4}
 # Every pair of values of dispatch, expert dropout and ZeRO-1.

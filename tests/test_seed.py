@@ -55,15 +55,14 @@ def test_what_the_page_on_layouts_says_of_the_studys_run():
     """The table of docs/layouts.md, GB a device."""
     page = (REPOSITORY / "docs" / "layouts.md").read_text(encoding="utf-8")
     table = page.split("## The study's run")[1].split("The study's table")[0]
-    rows = {
-        cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in table.splitlines() if "|" in line)
-    }
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    rows = {name: values for name, *values in cells}
     for number, (layout, mesh) in enumerate(COLUMNS):
         config = seed(layout, mesh)
         devices, program, state, batch = abstract(config)
         unsplit = abstract(replace(config, optimizer=replace(config.optimizer, zero1=False))).state
         memory, bytes_sent = of_state(state), sent(program.train_step, state, batch, mesh=devices)
-        said = {name: cells[number] for name, cells in rows.items()}
+        said = {name: values[number] for name, values in rows.items()}
         assert said["weights, and gradients as much"] == f"{memory['weights'] / 1e9:.2f}"
         optimizer = (memory["optimizer"] / 1e9, of_state(unsplit)["optimizer"] / 1e9)
         assert said["optimizer state (without ZeRO-1)"] == "{:.2f} ({:.2f})".format(*optimizer)
