@@ -67,10 +67,10 @@ STEPS = {
         "data": {"cross_document_attention": False},
         "optimizer": {"zero1": True},
     },
-    "ma_folded 4x4, capacity, kv heads replicated, documents": {
+    "ma_folded 4x4, kv heads replicated, documents": {
         "layout": "ma_folded",
         "mesh": (4, 4),
-        "model": {"capacity_factor": 1.25, "kv_heads": 2},
+        "model": {"kv_heads": 2},
         "data": {"cross_document_attention": False},
     },
     "tp 8x2, capacity, accumulation, kv heads replicated, tied": {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import pytest
 from abstract import abstract, seed
-from small import named
+from small import ROWS, named
 
 from maxsep.config.paths import REPOSITORY
 from maxsep.measure.communication import sent
@@ -23,14 +23,9 @@ def described(leaf):
 @pytest.mark.parametrize(
     ("layout", "mesh"),
     [
-        ("ma", (4, 4)),
-        ("ma", (2, 8)),
-        ("ma_folded", (4, 4)),
-        ("ma_folded", (2, 8)),
-        ("tp", (8, 2)),
-        ("tp", (4, 4)),
-        ("zero", (4, 4)),
-        ("zero", (2, 2, 4)),
+        pytest.param(layout, mesh, marks=pytest.mark.slow if number else [])
+        for layout, meshes in ROWS.items()
+        for number, mesh in enumerate(meshes)
     ],
     ids=lambda value: value if isinstance(value, str) else named(value),
 )
@@ -48,17 +43,15 @@ def test_the_whole_train_step_type_checks_on_sixteen_devices(layout, mesh):
     assert of_state(state)["optimizer"] == 2 * 4 * parameters / 16 + 2 * 4
 
 
-COLUMNS = [("ma", (4, 4)), ("ma_folded", (4, 4)), ("tp", (8, 2)), ("zero", (4, 4))]
-
-
+@pytest.mark.slow
 def test_what_the_page_on_layouts_says_of_the_studys_run():
     """The table of docs/layouts.md, GB a device."""
     page = (REPOSITORY / "docs" / "layouts.md").read_text(encoding="utf-8")
     table = page.split("## The study's run")[1].split("The study's table")[0]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     rows = {name: values for name, *values in cells}
-    for number, (layout, mesh) in enumerate(COLUMNS):
-        config = seed(layout, mesh)
+    for number, (layout, meshes) in enumerate(ROWS.items()):
+        config = seed(layout, meshes[0])
         devices, program, state, batch = abstract(config)
         unsplit = abstract(replace(config, optimizer=replace(config.optimizer, zero1=False))).state
         memory, bytes_sent = of_state(state), sent(program.train_step, state, batch, mesh=devices)

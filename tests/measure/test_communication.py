@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import pytest
 from abstract import abstract, seed
-from small import named
+from small import ROWS, named
 
 from maxsep.config.layouts import AXES, row
 from maxsep.config.validate import validate
@@ -71,17 +71,14 @@ def formula(c, state) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"model": {"capacity_factor": None, "capacity_group": None, "remat": "none"}, "optimizer": {"zero1": False}},
-    ],
-    ids=["seed", "dropless, no remat, no zero1"],
-)
+OTHER = {"model": {"capacity_factor": None, "capacity_group": None, "remat": "none"}, "optimizer": {"zero1": False}}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(OTHER, marks=pytest.mark.slow)], ids=["seed", "dropless"])
 @pytest.mark.parametrize(
     ("layout", "mesh"),
-    [("ma", (4, 4)), ("ma", (2, 8)), ("ma_folded", (4, 4)), ("tp", (8, 2)), ("zero", (4, 4)), ("zero", (2, 2, 4))],
+    [(layout, meshes[0]) for layout, meshes in ROWS.items()]
+    + [pytest.param("ma", (2, 8), marks=pytest.mark.slow), pytest.param("zero", (2, 2, 4), marks=pytest.mark.slow)],
     ids=lambda value: value if isinstance(value, str) else named(value),
 )
 def test_the_step_of_the_study_sends_what_the_formulas_say(layout, mesh, changes):
