@@ -26,12 +26,12 @@ from maxsep.training.step import Program
 
 EXACT = 1e-9
 DROPLESS, DROPS = {"capacity_factor": None}, {"capacity_factor": 1.0, "capacity_group": 4}
-# Every pair of values of dispatch, expert dropout and ZeRO-1.
-SWITCHES = {
+SWITCHES = {  # dispatch, expert dropout, ZeRO-1
     "dropless": (DROPLESS, 0.0, False),
+    "drops, dropout, zero1": (DROPS, 0.1, True),
+    "drops, dropout": (DROPS, 0.1, False),
     "dropless, dropout, zero1": (DROPLESS, 0.1, True),
     "drops, zero1": (DROPS, 0.0, True),
-    "drops, dropout": (DROPS, 0.1, False),
 }
 
 
@@ -60,8 +60,13 @@ def test_a_layout_has_the_losses_of_one_device(layout):
     check_losses(small(), small(ROWS[layout][0], layout))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("switches", SWITCHES)
+TURNS = ["dropless", "drops, dropout, zero1"]  # each value of each switch
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [pytest.param(name, marks=pytest.mark.slow if name in TURNS else pytest.mark.exhaustive) for name in SWITCHES],
+)
 @pytest.mark.parametrize("layout", ROWS)
 def test_a_layout_has_the_losses_of_one_device_with_every_switch(layout, switches):
     """The two meshes take turns."""
