@@ -13,10 +13,15 @@ SEED = int(os.environ.get("MAXSEP_TEST_SEED", "0"))
 
 MESHES = [(1, 1), (2, 2), (4, 4), (1, 16), (16, 1), (2, 8), (8, 2)]  # attention × expert
 
+MA_IN_STAGES = "l=stage b=expert s=attention h=attention e=expert v=stage+attention"
+
 ROWS = {  # of each layout two meshes of 16 devices
     "ma": [(4, 4), (2, 8)],
     "ma_folded": [(4, 4), (2, 8)],
     "tp": [(8, 2), (4, 4)],
+    "pp": [(2, 1, 8), (4, 1, 4)],
+    "tp_pp": [(2, 8, 1), (4, 2, 2)],
+    MA_IN_STAGES: [(2, 4, 2), (4, 2, 2)],
     "zero": [(4, 4), (2, 2, 4)],
 }
 

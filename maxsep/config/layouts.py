@@ -10,6 +10,7 @@ from maxsep.config.schema import ConfigError
 AXES = ("stage", "attention", "expert")
 
 LETTERS = {
+    "l": "layers",  # a pipeline: micro-batches go from part to part
     "b": "batch",
     "s": "sequence, between layers",
     "h": "heads",
@@ -26,6 +27,10 @@ LAYOUTS = {
     "ma_folded": "b=expert s=attention h=attention e=attention+expert v=attention",
     # Every matrix over `attention`, as Megatron-LM; `expert` splits the batch alone.
     "tp": "b=expert s=attention h=attention f=attention v=attention",
+    # Layers over `stage`, a pipeline; the other axes split the batch alone.
+    "pp": "l=stage b=attention+expert v=stage",
+    # The same, and inside a stage every matrix over `attention`.
+    "tp_pp": "l=stage b=expert s=attention h=attention f=attention v=stage+attention",
     # The batch over everything; weights are gathered a layer at a time (ZeRO-3, FSDP), experts stay over `expert`.
     "zero": "b=stage+attention+expert e=expert v=attention w=stage+attention+expert",
 }
@@ -35,6 +40,11 @@ TOGETHER = {
     "bs": "tokens are split by both",
     "bh": "queries are split by both",
     "ef": "an expert's weights are split by both",
+    "lb": "all tokens go through all layers",
+    "ls": "all tokens go through all layers",
+    "lh": "a layer's weights are split by both",
+    "le": "a layer's weights are split by both",
+    "lf": "a layer's weights are split by both",
 }
 
 

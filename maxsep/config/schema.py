@@ -35,7 +35,7 @@ class ConfigError(ValueError):
 class MeshConfig:
     """Sizes of the device mesh's axes; their product is the number of devices."""
 
-    stage: int = 1  # pipelines are not there yet; a further axis for zero, or for a layout of one's own
+    stage: int = 1  # stages of a pipeline (pp, tp_pp, or l=stage in a row of one's own); a further axis for zero
     attention: int = 1  # devices that share one sequence: heads in attention, positions between blocks
     expert: int = 1  # devices that share one set of experts, and the batch
 
@@ -55,7 +55,7 @@ class MeshConfig:
 class TrainConfig:
     steps: int = 1000  # optimizer steps
     batch_size: int = 16  # sequences an optimizer step, over all devices and micro-batches
-    accumulation: int = 1  # micro-batches a step, batch_size / accumulation sequences each
+    accumulation: int = 1  # micro-batches a step, batch_size / accumulation sequences each; at least as many as stages
     seed: int = 0  # initial weights, data order, expert dropout
     log_every: int = 10  # steps between rows of metrics.jsonl; 0: only at the end
     eval_every: int = 0  # steps between evaluations; 0: only at the end
@@ -152,7 +152,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class Config:
     name: str = "base"  # names the run's default workdir, runs/NAME
-    layout: str = "ma"  # which mesh axis splits what: ma, ma_folded, tp, zero, or a row of one's own (docs/layouts.md)
+    layout: str = "ma"  # what each mesh axis splits: ma, ma_folded, tp, pp, tp_pp, zero, or your row (docs/layouts.md)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

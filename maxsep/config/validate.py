@@ -166,11 +166,16 @@ def _mesh(config: Config) -> None:
     def ways(letter: str) -> int:
         return math.prod(sizes[axis] for axis in row.get(letter, ()))
 
-    working = {axis for letter in "bshef" for axis in row.get(letter, ())}
+    working = {axis for letter in "lbshef" for axis in row.get(letter, ())}
     for axis, size in sizes.items():
         takes = f"1, as layout {config.layout} splits no work over it"
+        if axis == "stage":
+            takes += " (pp, tp_pp, and rows of one's own with l=stage split layers)"
         _need(size == 1 or axis in working, f"mesh.{axis}", size, takes)
     _divide(config.layout, row, sizes, dimensions)
+    accumulation, stages = config.train.accumulation, ways("l")
+    takes = f"at least {stages}, as layout {config.layout} has as many stages, each with a micro-batch to work on"
+    _need(accumulation >= stages, "train.accumulation", accumulation, takes)
 
     kv_heads, parts = model.n_kv_heads, ways("h")
     takes = f"a multiple or a divisor of {parts}, the parts of model.heads on this mesh"
@@ -193,6 +198,7 @@ def _dimensions(config: Config) -> dict[str, tuple[str, int]]:
     """The field and the size of what each letter of a layout splits."""
     model, train = config.model, config.train
     return {
+        "l": ("model.layers", model.layers),
         "b": ("train.batch_size / train.accumulation", train.batch_size // train.accumulation),
         "s": ("data.sequence_length", config.data.sequence_length),
         "h": ("model.heads", model.heads),

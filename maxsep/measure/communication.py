@@ -21,6 +21,7 @@ ROLES = {
     "dispatch": "dispatch",
     "embedding": "embedding, head",
     "head": "embedding, head",
+    "pipeline": "stages",
     "gradient_reduction": "gradients",
     "parameters": "parameters",
     "optimizer": "parameters",
@@ -29,22 +30,24 @@ STATISTICS = "statistics"  # what lies in none of them: losses and counts
 _SCOPE = re.compile(rf"(?<!\w)({'|'.join(ROLES)})(?!\w)")
 
 
-def sent(function, *abstract_arguments, mesh: AbstractMesh) -> Counter[str]:
+def sent(function, *abstract_arguments, mesh: AbstractMesh, busy: float = 1) -> Counter[str]:
     """Operand bytes a device, by role, of one call.
 
     Args:
         function: to be traced, under `mesh`.
         abstract_arguments: shapes with shardings.
         mesh: on which it runs.
+        busy: share of a pipeline's ticks in which a stage has work. So much counts of what conditionals send: there are
+            no others.
     """
     with jax.sharding.use_abstract_mesh(mesh):
         jaxpr = jax.make_jaxpr(function)(*abstract_arguments).jaxpr
     out: Counter[str] = Counter()
-    _count(jaxpr, 1, "", dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True)), out)
+    _count(jaxpr, 1, busy, "", dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True)), out)
     return out
 
 
-def _count(jaxpr, times: int, scope: str, sizes: dict[str, int], out: Counter[str]) -> None:
+def _count(jaxpr, times: float, busy: float, scope: str, sizes: dict[str, int], out: Counter[str]) -> None:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         where = f"{scope}/{equation.source_info.name_stack}"
@@ -56,12 +59,12 @@ def _count(jaxpr, times: int, scope: str, sizes: dict[str, int], out: Counter[st
             before, after = (bytes_on_device(x.aval) for x in (equation.invars[0], equation.outvars[0]))
             if after > before:
                 out[_role(where)] += times * before
-        inner = times * params.get("length", 1) if name == "scan" else times
+        inner = times * {"scan": params.get("length", 1), "cond": busy}.get(name, 1)
         for value in params.values():
             for nested in value if isinstance(value, tuple) else (value,):  # a conditional has several
                 nested = getattr(nested, "jaxpr", nested)  # of a closed one
                 if hasattr(nested, "eqns"):
-                    _count(nested, inner, where, sizes, out)
+                    _count(nested, inner, busy, where, sizes, out)
 
 
 def _role(scope: str) -> str:

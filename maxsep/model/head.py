@@ -2,9 +2,11 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from maxsep.parallel import collectives
 from maxsep.parallel.collectives import Axes
@@ -31,6 +33,45 @@ def logits(x_td: jax.Array, table_vd: jax.Array, ids: int, axes: Axes) -> jax.Ar
     if rows * collectives.size(axes) == ids:  # a pass over the logits saved
         return scores
     return jnp.where(_first_id(rows, axes) + jnp.arange(rows) < ids, scores, -jnp.inf)
+
+
+def summed(nll: Callable, weights, x_absd: jax.Array, targets_abs: jax.Array) -> jax.Array:
+    """Sum over micro-batches of `nll`, a device's share of a loss: of `weights` (a tree), [b, s, D] and [b, S].
+
+    The gradient is made with the loss, one micro-batch after the other: `nll` is not computed again, and what it keeps
+    for its own gradient lives as long as one of them. It takes the sum's own gradient to be the same on every device.
+    """
+    if x_absd.shape[0] == 1:
+        return nll(weights, x_absd[0], targets_abs[0])
+    return _summed(nll, weights, x_absd, targets_abs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(nll, weights, x_absd, targets_abs):
+    one = functools.partial(nll, weights)
+    nothing = collectives.zeros(jax.eval_shape(one, x_absd[0], targets_abs[0]))
+    return lax.scan(lambda loss, at: (loss + one(*at), None), nothing, (x_absd, targets_abs))[0]
+
+
+def _summed_fwd(nll, weights, x_absd, targets_abs):
+    def one(x_bsd, targets_bs):
+        loss, (dweights, dx_bsd) = jax.value_and_grad(nll, (0, 1))(weights, x_bsd, targets_bs)
+        return (loss, dweights), dx_bsd
+
+    def add(sums, at):
+        more, dx_bsd = one(*at)
+        return jax.tree.map(jnp.add, sums, more), dx_bsd
+
+    nothing = collectives.zeros(jax.eval_shape(one, x_absd[0], targets_abs[0])[0])
+    (loss, dweights), dx_absd = lax.scan(add, nothing, (x_absd, targets_abs))
+    return loss, (dweights, dx_absd)
+
+
+def _summed_bwd(nll, gradients, g):
+    return *jax.tree.map(lambda d: (g * d).astype(d.dtype), gradients), None
+
+
+_summed.defvjp(_summed_fwd, _summed_bwd)
 
 
 def _first_id(rows: int, axes: Axes) -> jax.Array | int:

@@ -31,8 +31,9 @@ class RMSNorm(nnx.Module):
     `stack` leading dimensions hold one scale for each layer.
     """
 
-    def __init__(self, stack: tuple[int, ...], d_model: int, eps: float, dtype):
-        self.scale = nnx.Param(jnp.ones((*stack, d_model), dtype))
+    def __init__(self, layout: Layout, stack: tuple[int, ...], d_model: int, eps: float, dtype):
+        spec = layout.spec("ld" if stack else "d")
+        self.scale = nnx.Param(jnp.ones((*stack, d_model), dtype, out_sharding=spec))
         self.eps = eps
 
     def __call__(self, x_bsd: jax.Array) -> jax.Array:

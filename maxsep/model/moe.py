@@ -62,12 +62,12 @@ class MoE(nnx.Module):
                 )
             y_td = jnp.einsum("tn,tnd->td", weights_tn.astype(y_tnd.dtype), y_tnd)
             y_bsd = layout.part(y_td.reshape(*token_bs.shape, -1), together)
-        apart = layout.token_axes
+        apart, along = layout.token_axes, layout.in_stage
         stats = MoEStats(
-            layout.total(routing.load_balancing, apart),
-            layout.total(routing.router_z, apart),
+            layout.total(routing.load_balancing, apart, along),
+            layout.total(routing.router_z, apart, along),
             routing.load_e,
-            layout.total(dropped, tuple(axis for axis in apart if axis not in together)),
+            layout.total(dropped, tuple(axis for axis in apart if axis not in together), along),
         )
         return y_bsd, stats
 

@@ -37,7 +37,7 @@ class Router(nnx.Module):
         scores_te = jnp.dot(x_td.astype(w_de.dtype), w_de, precision=lax.Precision.HIGHEST)
         top_tn, ids_tn = lax.top_k(scores_te, self.top_k)
         load_e = jnp.sum(ids_tn[..., None] == jnp.arange(experts), axis=(0, 1), dtype=jnp.int32)
-        load_e = self.layout.total(load_e, self.layout.token_axes)
+        load_e = self.layout.total(load_e, self.layout.token_axes, self.layout.in_stage)
         tokens = x_td.shape[0] * collectives.size(self.layout.token_axes)
         # Switch Transformer (Fedus et al. 2021), equation 4, with the choices of all tokens of the micro-batch:
         # experts × Σ share of choices × mean probability, 1 when balanced. Gradients flow through the probabilities.

@@ -18,6 +18,7 @@ from maxsep.model.layers import Embedding, RMSNorm, normal, use
 from maxsep.model.moe import MoE, MoEStats
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
+from maxsep.parallel.pipeline import pipelined
 
 
 def _gather_again(primitive, *_, **__) -> bool:
@@ -35,9 +36,9 @@ class Block(nnx.Module):
     """Attention and MoE, each after a norm and added to what came in."""
 
     def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, kernel: str, dtype):
-        self.attention_norm = RMSNorm((model.layers,), model.d_model, model.norm_eps, dtype)
+        self.attention_norm = RMSNorm(layout, (model.layers,), model.d_model, model.norm_eps, dtype)
         self.attention = Attention(rngs, layout, model, kernel, dtype)
-        self.moe_norm = RMSNorm((model.layers,), model.d_model, model.norm_eps, dtype)
+        self.moe_norm = RMSNorm(layout, (model.layers,), model.d_model, model.norm_eps, dtype)
         self.moe = MoE(rngs, layout, model, dtype)
 
     def __call__(self, x_bsd, segments_bs, token_bs, dropout_key):
@@ -49,10 +50,10 @@ class Block(nnx.Module):
 
 
 class Losses(NamedTuple):
-    """Sums and means of one micro-batch over all devices."""
+    """Sums over micro-batches, of figures over all devices."""
 
     cross_entropy: jax.Array  # sum over targets, nats
-    stats: MoEStats  # with a leading layer dimension
+    stats: MoEStats  # with a leading dimension, of this stage's layers
 
 
 class Transformer(nnx.Module):
@@ -66,20 +67,38 @@ class Transformer(nnx.Module):
         kernel = attention_kernel(model, layout.platform)
         self.embedding = Embedding(rngs, layout, model.padded_vocab_size, model.d_model, dtype)
         self.blocks = Block(rngs, layout, model, kernel, dtype)
-        self.final_norm = RMSNorm((), model.d_model, model.norm_eps, dtype)
+        self.final_norm = RMSNorm(layout, (), model.d_model, model.norm_eps, dtype)
         if not model.tied_embedding:
             rows = (model.padded_vocab_size, model.d_model)
             self.head_vd = normal(rngs, layout, "vd", rows, model.d_model**-0.5, dtype)
         self.layout, self.model, self.ids = layout, model, ids
 
-    def hidden(self, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None):
-        """Ids [b, S] of whole sequences -> final hidden states, and every layer's `MoEStats`.
+    def losses(self, batch_abt: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None) -> Losses:
+        """Records [a, b, S + 1] of micro-batches, ids and -1 for padding -> their `Losses`, added up.
 
-        The states [b, s, D] are of the tokens of all devices that split the vocabulary.
-
-        `first_row` is the micro-batch's first sequence's place in the global batch. With `end_of_text` (an id) tokens
+        `first_row` is the first one's first sequence's place in the global batch. With `end_of_text` (an id) tokens
         attend within their document only.
         """
+        layout, axes = self.layout, self.layout.axes("v")
+        count, b = batch_abt.shape[:2]
+        tokens_abs, targets_abs = jnp.maximum(batch_abt[..., :-1], 0), batch_abt[..., 1:]
+
+        def embedded(number):
+            with jax.named_scope("embedding"):
+                return self.embedding(tokens_abs[number], self.model.dtype)
+
+        def layers(x_bsd, number):
+            row = first_row + number * (b * layout.ways("b"))
+            return self.layers(x_bsd, tokens_abs[number], row, dropout_key, end_of_text)
+
+        x_absd, stats = pipelined(embedded, layers, count, layout.axes("l"))
+        with jax.named_scope("head"):
+            table = self.embedding.table_vd if self.model.tied_embedding else self.head_vd
+            nll = head.summed(self._nll, (self.final_norm, use(table)), x_absd, targets_abs)
+            return Losses(layout.total(nll, layout.token_axes + axes), stats)
+
+    def layers(self, x_bsd: jax.Array, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text):
+        """This device's layers: [b, s, D] -> [b, s, D] and their `MoEStats`; `tokens_bs` [b, S] are whole sequences."""
         model, layout = self.model, self.layout
         b, s = tokens_bs.shape
         segments_bs = None
@@ -91,9 +110,6 @@ class Transformer(nnx.Module):
         column_s = collectives.index(layout.axes("s")) * local_s + jnp.arange(local_s)
         token_bs = collectives.vary(row_b[:, None] * s + column_s)
 
-        with jax.named_scope("embedding"):
-            x_bsd = self.embedding(tokens_bs, model.dtype)
-
         def block(x_bsd, layer):
             block, number = layer
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
@@ -101,32 +117,26 @@ class Transformer(nnx.Module):
 
         if model.remat != "none" or layout.ways("w") > 1:
             block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=not model.scan_layers)
-        numbers = jnp.arange(model.layers)
+        count = model.layers // layout.ways("l")
+        numbers = collectives.index(layout.axes("l")) * count + jnp.arange(count)
         if model.scan_layers:
-            x_bsd, stats = lax.scan(block, x_bsd, (self.blocks, numbers))
-        else:
-            layers = []
-            for number, one in enumerate(unstack(self.blocks, model.layers)):
-                if layout.ways("w") > 1:
-                    # Else XLA gathers all layers' weights before the loop over micro-batches, and keeps them.
-                    x_bsd, one = lax.optimization_barrier((x_bsd, one))
-                x_bsd, layer_stats = block(x_bsd, (one, number))
-                layers.append(layer_stats)
-            stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        with jax.named_scope("head"):
-            return layout.join(self.final_norm(x_bsd), layout.axes("v")), stats
+            return lax.scan(block, x_bsd, (self.blocks, numbers))
+        layers = []
+        for at, one in enumerate(unstack(self.blocks, count)):
+            if layout.ways("w") > 1:
+                # Else XLA gathers all layers' weights before the loop over micro-batches, and keeps them.
+                x_bsd, one = lax.optimization_barrier((x_bsd, one))
+            x_bsd, layer_stats = block(x_bsd, (one, numbers[at]))
+            layers.append(layer_stats)
+        return x_bsd, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
-    def losses(self, batch_bt: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None) -> Losses:
-        """Records [b, S + 1] of ids, -1 for padding -> `Losses`."""
-        tokens_bs, targets_bs = jnp.maximum(batch_bt[:, :-1], 0), batch_bt[:, 1:]
-        x_bsd, stats = self.hidden(tokens_bs, first_row, dropout_key, end_of_text)
-        table = self.embedding.table_vd if self.model.tied_embedding else self.head_vd
-        with jax.named_scope("head"):
-            layout, axes = self.layout, self.layout.axes("v")
-            x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
-            targets_t = layout.join_ids(targets_bs, axes).ravel()
-            nll = head.cross_entropy(x_td, use(table), targets_t, self.ids, axes)
-            return Losses(layout.total(nll, layout.token_axes + axes), stats)
+    def _nll(self, weights, x_bsd: jax.Array, targets_bs: jax.Array) -> jax.Array:
+        """This device's share of a micro-batch's cross-entropy, with the final norm and the head's table as given."""
+        final_norm, table_vd = weights
+        layout, axes = self.layout, self.layout.axes("v")
+        x_bsd = layout.join(final_norm(x_bsd), axes)
+        targets_t = layout.join_ids(targets_bs, axes).ravel()
+        return head.cross_entropy(x_bsd.reshape(-1, x_bsd.shape[-1]), table_vd, targets_t, self.ids, axes)
 
 
 def unstack(tree, layers: int) -> list:

@@ -32,6 +32,17 @@ def vary(tree):
     return jax.tree.map(mark, tree)
 
 
+def zeros(like):
+    """Zeros of the shapes of a tree of abstract arrays; between devices they differ where those do."""
+
+    def make(x):
+        axes = tuple(axis for axis in AXES if axis in x.manual_axis_type.varying)
+        zero = jnp.zeros(x.shape, x.dtype)
+        return lax.pcast(zero, axes, to="varying") if axes else zero
+
+    return jax.tree.map(make, like)
+
+
 def gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """The whole of dimension `dim` from its parts on the devices along `axes`; the gradient is a reduce-scatter."""
     return x if size(axes) == 1 else lax.all_gather(x, axes, axis=dim, tiled=True)
@@ -67,6 +78,11 @@ def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
 def exchange(x: jax.Array, axes: Axes, split: int, concat: int) -> jax.Array:
     """All-to-all: part i of dimension `split` goes to device i along `axes`, what arrives is joined on `concat`."""
     return x if size(axes) == 1 else lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True)
+
+
+def shift(x: jax.Array, axes: Axes) -> jax.Array:
+    """What the device before this one along `axes` has; zeros on the first. The gradient goes the other way."""
+    return lax.ppermute(x, axes, [(i, i + 1) for i in range(size(axes) - 1)])
 
 
 def total(x: jax.Array, axes: Axes) -> jax.Array:

@@ -88,10 +88,18 @@ class Layout:
             y_bs = collectives.reduce_scatter(y_bs, self._among(letter, axes), dim)
         return collectives.vary(collectives.total(y_bs, tuple(axis for axis in axes if axis not in self.token_axes)))
 
-    def total(self, x: jax.Array, apart: Axes) -> jax.Array:
-        """Sum over all devices of what differs along the axes `apart`; along others it is the same, and counts once."""
-        x = lax.psum(collectives.vary(x), AXES)
-        copies = collectives.size(tuple(axis for axis in AXES if axis not in apart))
+    @property
+    def in_stage(self) -> Axes:
+        """Mesh axes along which devices hold the same layers."""
+        return tuple(axis for axis in AXES if axis not in self.axes("l"))
+
+    def total(self, x: jax.Array, apart: Axes, along: Axes = AXES) -> jax.Array:
+        """Sum over the devices along `along` of what differs along `apart`; along others it is the same, counted once.
+
+        A layer's figures are summed along `in_stage`, as other stages have other layers.
+        """
+        x = lax.psum(collectives.vary(x), along)
+        copies = collectives.size(tuple(axis for axis in along if axis not in apart))
         if copies == 1:
             return x
         return x // copies if jnp.issubdtype(x.dtype, jnp.integer) else x / copies

@@ -1,5 +1,6 @@
 """What a config makes on the current mesh: compiled steps, states, batches, and the figures of a step."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -17,6 +18,7 @@ from maxsep.measure import flops, memory
 from maxsep.output import metrics
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import init_checkpoints
+from maxsep.parallel import pipeline
 from maxsep.parallel.mesh import describe
 from maxsep.training.step import Program, TrainState
 
@@ -44,10 +46,11 @@ class Run:
         self.abstract_state = self._placed(jax.eval_shape(self.program.init))
         micro_batch = train.batch_size // train.accumulation
         self.batch_shape = (train.accumulation, micro_batch, length + 1)
-        self.eval_shape = (1, micro_batch, length + 1)
+        self.eval_shape = (self.program.layout.ways("l"), micro_batch, length + 1)
         self.batch_sharding = NamedSharding(self.mesh, self.program.batch_spec)
         self.tokens = train.batch_size * length  # a step
         self.flops = self.tokens * flops.flops_per_token(config.model, length)  # a step
+        self.bubble = pipeline.bubble(self.eval_shape[0], train.accumulation)
         self.eval_step = jax.jit(self.program.eval_step)
 
     def _placed(self, tree):
@@ -89,7 +92,7 @@ class Run:
         start = time.monotonic()
         rows = host_rows(self.eval_shape, self.batch_sharding)
         cross_entropy = targets = 0.0
-        with closing(eval_batches(corpus.eval, self.eval_shape[1], rows)) as batches:
+        with closing(eval_batches(corpus.eval, math.prod(self.eval_shape[:2]), rows)) as batches:
             for batch in to_mesh(batches, self.eval_shape, self.batch_sharding):
                 # Fetched at once: unlike train steps, these do not wait for each other, and with many at a time
                 # simulated devices run out of threads and hang.
@@ -136,8 +139,16 @@ class Run:
             "state a device": ", ".join(f"{kind} {_size(count)}" for kind, count in state.items()),
             "attention kernel": self.program.kernel,
             "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
+            **self._pipeline(),
             **self._warmup(),
         }
+
+    def _pipeline(self) -> dict[str, str]:
+        stages = self.program.layout.ways("l")
+        if stages == 1:
+            return {}
+        bubble = f"{self.bubble:.1%} of the layers' time (the larger train.accumulation, the less)"
+        return {"pipeline": f"{stages} stages, each idle for {bubble}"}
 
     def _warmup(self) -> dict[str, str]:
         steps, warmup = self.config.train.steps, self.config.optimizer.warmup_steps

@@ -119,10 +119,12 @@ class Program:
             if model.expert_dropout:
                 key = jax.random.fold_in(jax.random.key(self.config.train.seed), step)
 
-            def loss(params, batch_bt, first_row):
+            def loss(params, batch_abt, first_row):
                 transformer = nnx.merge(self.graph, params)
-                cross_entropy, stats = transformer.losses(batch_bt, first_row, key, self.end_of_text)
-                balancing, z = jnp.sum(stats.load_balancing), jnp.sum(stats.router_z)
+                cross_entropy, stats = transformer.losses(batch_abt, first_row, key, self.end_of_text)
+                layers = self.layout.axes("l")
+                balancing = collectives.total(jnp.sum(stats.load_balancing), layers)
+                z = collectives.total(jnp.sum(stats.router_z), layers)
                 auxiliary = model.load_balancing_coefficient * balancing + model.router_z_coefficient * z
                 total = cross_entropy / targets + auxiliary / accumulation
                 means = {
@@ -138,29 +140,33 @@ class Program:
             # Parameters that devices share get a gradient on each; they are added up below, once a step.
             own = collectives.vary(params)
 
-            rows = self.layout.ways("b")
+            rows = batch_abt.shape[1] * self.layout.ways("b")  # of a micro-batch
 
-            def micro_batch(number, batch_bt):
-                return jax.grad(loss, has_aux=True)(own, batch_bt, number * batch_bt.shape[0] * rows)
+            def gradient(number, batch_abt):
+                return jax.grad(loss, has_aux=True)(own, batch_abt, number * rows)
 
             def add(sums, numbered):
-                return jax.tree.map(jnp.add, sums, micro_batch(*numbered)), None
+                number, batch_bt = numbered
+                return jax.tree.map(jnp.add, sums, gradient(number, batch_bt[None])), None
 
-            if accumulation == 1:
-                sums = micro_batch(0, batch_abt[0])
+            # A pipeline has all micro-batches under way; else each has a gradient of its own.
+            if self.layout.ways("l") > 1 or accumulation == 1:
+                sums = gradient(0, batch_abt)
             else:
-                shapes = jax.eval_shape(micro_batch, 0, batch_abt[0])
-                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-                sums, _ = lax.scan(add, (collectives.vary(zeros[0]), zeros[1]), (jnp.arange(accumulation), batch_abt))
+                nothing = collectives.zeros(jax.eval_shape(gradient, 0, batch_abt[:1]))
+                sums, _ = lax.scan(add, nothing, (jnp.arange(accumulation), batch_abt))
             gradients, metrics = sums
             with jax.named_scope("gradient_reduction"):
                 return jax.tree.map(self._reduce, gradients, self.param_specs, self.zero_specs), metrics
 
-        return jax.shard_map(
+        means = dict.fromkeys(("loss", "total_loss", "load_balancing_loss", "router_z_loss"), P())
+        layers = {"load_le": self.layout.spec("l-"), "dropped_l": self.layout.spec("l")}
+        gradients, metrics = jax.shard_map(
             on_device,
             in_specs=(self.param_specs, self.batch_spec, P()),
-            out_specs=(self.zero_specs, P()),
+            out_specs=(self.zero_specs, means | layers),
         )(params, batch_abt, step)
+        return gradients, metrics | {name: jax.reshard(metrics[name], P()) for name in layers}
 
     def _reduce(self, gradient: jax.Array, spec: P, zero: P) -> jax.Array:
         """Sum over the devices that hold the same parameter; with ZeRO-1 each keeps its part of the sum."""
@@ -169,11 +175,11 @@ class Program:
         return collectives.total(gradient, replicating_axes(zero))
 
     def eval_step(self, params: dict, batch_abt: jax.Array) -> Evaluation:
-        """Cross-entropy of records [1, batch, S + 1]; no dropout."""
+        """Cross-entropy of records [micro-batches, batch, S + 1], as many as stages; no dropout."""
 
         def on_device(params, batch_abt):
             transformer = nnx.merge(self.graph, collectives.vary(params))
-            cross_entropy, _ = transformer.losses(batch_abt[0], 0, None, self.end_of_text)
+            cross_entropy, _ = transformer.losses(batch_abt, 0, None, self.end_of_text)
             targets = jnp.sum(batch_abt[..., 1:] >= 0, dtype=jnp.float32)
             return Evaluation(cross_entropy, collectives.total(targets, self.layout.axes("b")))
 

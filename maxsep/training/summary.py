@@ -70,6 +70,7 @@ def summarise(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> 
         "seconds": seconds,
         "skipped_steps": trained[-1]["skipped_steps"],
         "layout": config.layout,
+        "bubble": run.bubble,
         "mesh": {axis: getattr(config.mesh, axis) for axis in ("stage", "attention", "expert")},
     }
 

@@ -12,6 +12,7 @@ from maxsep.config.layouts import AXES, row
 from maxsep.config.validate import validate
 from maxsep.measure.communication import STATISTICS, sent
 from maxsep.measure.memory import bytes_on_device
+from maxsep.parallel.pipeline import bubble
 from maxsep.parallel.sharding import replicating_axes
 
 
@@ -46,6 +47,11 @@ def formula(c, state) -> dict[str, float]:
     exchanges = (4 + 2 * again) * places * D * c_bytes if ways("e") > 1 else 0
     dispatch = exchanges + (2 + again) * gather("f") + 2 * scatter("f")
     vocabulary = 2 * (gather("v") + scatter("v"))
+    P = ways("l")
+    if P > 1 and "stage" in axes["v"]:
+        vocabulary += 2 * t * D * c_bytes  # sums over stages of what is looked up, and of their parts of a gradient
+    if P > 1:
+        vocabulary += 2 * t * D * c_bytes  # final states to all stages, and back
 
     blocks, leaves = state.params["blocks"], jax.tree.leaves(state.params)
     copied = [w for w in leaves if math.prod(size[axis] for axis in replicating_axes(w.sharding.spec)) > 1]
@@ -63,8 +69,9 @@ def formula(c, state) -> dict[str, float]:
         gradients += A * parts * (experts // ways("e") + others + tables // ways("v"))
         parameters += A * (2 * (experts + others) * c_bytes // 4 + tables)
     return {
-        "attention": A * L * attention,
-        "dispatch": A * L * dispatch,
+        "attention": A * L // P * attention,
+        "dispatch": A * L // P * dispatch,
+        "stages": 2 * (A + P - 1) * t * D * c_bytes if P > 1 else 0,
         "embedding, head": A * vocabulary,
         "gradients": gradients,
         "parameters": parameters,
@@ -86,7 +93,9 @@ def test_the_step_of_the_study_sends_what_the_formulas_say(layout, mesh, changes
     c = replace(c, **{name: replace(getattr(c, name), **fields) for name, fields in changes.items()})
     validate(c)
     devices, program, state, batch = abstract(c)
-    counted = sent(program.train_step, state, batch, mesh=devices)
+    counted = sent(
+        program.train_step, state, batch, mesh=devices, busy=1 - bubble(program.layout.ways("l"), c.train.accumulation)
+    )
     statistics = counted.pop(STATISTICS)
     assert statistics < 1e-5 * counted.total()
     for role, expected in formula(c, state).items():  # which leave out ids, weights of choices, and the softmax's sums
