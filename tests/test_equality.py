@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 from programs import END_OF_TEXT, gradients, leaves_differ, parameters, placed, trained
-from small import MESHES, SEED, config, named, text
+from small import MA_IN_STAGES, MESHES, SEED, config, named, text
 
 from maxsep.config import ConfigError
 from maxsep.config.layouts import AXES, row
@@ -88,6 +88,14 @@ STEPS = {
     },
 }
 FLOAT64 = {"dtype": "float64"}
+TWO_STAGES, FOUR_STAGES = ({"batch_size": 16 * stages, "accumulation": stages} for stages in (2, 4))
+STEPS["pp 2x1x8, capacity, kv heads, documents"] = {
+    "layout": "pp",
+    "mesh": (2, 1, 8),
+    "model": {"capacity_factor": 1.25, "kv_heads": 2},
+    "train": TWO_STAGES,
+    "data": {"cross_document_attention": False},
+}
 SLOW_STEPS = {
     "ma_folded 2x8, unrolled, dots, k 3, gelu": {
         "layout": "ma_folded",
@@ -109,6 +117,53 @@ SLOW_STEPS = {
     "zero 16x1, full": {"layout": "zero", "mesh": (16, 1), "model": {"remat": "full"}},
     "zero 1x16": {"layout": "zero", "mesh": (1, 16), "model": FLOAT64},
     "tp 16x1": {"layout": "tp", "mesh": (16, 1), "model": FLOAT64 | {"kv_heads": 4}},
+    "pp 4x1x4, unrolled, dots, k 3, gelu, zero1": {
+        "layout": "pp",
+        "mesh": (4, 1, 4),
+        "model": FLOAT64 | {"layers": 4, "scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
+        "train": FOUR_STAGES,
+        "optimizer": {"zero1": True},
+    },
+    "tp_pp 2x8x1, full, tied, capacity, more micro-batches": {
+        "layout": "tp_pp",
+        "mesh": (2, 8, 1),
+        "model": {"remat": "full", "kv_heads": 4, "tied_embedding": True, "capacity_factor": 1.25},
+        "train": {"batch_size": 20, "accumulation": 5},
+    },
+    "tp_pp 4x2x2, documents, zero1": {
+        "layout": "tp_pp",
+        "mesh": (4, 2, 2),
+        "model": FLOAT64 | {"layers": 4},
+        "train": FOUR_STAGES,
+        "data": {"cross_document_attention": False},
+        "optimizer": {"zero1": True},
+    },
+    "ma in stages 2x4x2, full, capacity": {
+        "layout": MA_IN_STAGES,
+        "mesh": (2, 4, 2),
+        "model": FLOAT64 | {"layers": 4, "remat": "full", "capacity_factor": 1.0, "capacity_group": 4},
+        "train": TWO_STAGES,
+        "optimizer": {"zero1": True},
+    },
+    "ma in stages 4x2x2, unrolled": {
+        "layout": MA_IN_STAGES,
+        "mesh": (4, 2, 2),
+        "model": FLOAT64 | {"layers": 4, "scan_layers": False},
+        "train": FOUR_STAGES,
+    },
+    "own, stages that each compute the head": {
+        "layout": "l=stage b=expert h=attention",
+        "mesh": (2, 2, 4),
+        "model": FLOAT64,
+        "train": TWO_STAGES,
+    },
+    "own, stages over two axes, weights at rest": {
+        "layout": "l=stage+attention b=expert e=expert v=attention w=stage+expert",
+        "mesh": (2, 2, 4),
+        "model": FLOAT64 | {"layers": 4},
+        "train": FOUR_STAGES,
+        "optimizer": {"zero1": True},
+    },
     "own, copies of the tokens, heads over two axes": {
         "layout": "b=expert s=attention h=stage+attention f=stage v=expert",
         "mesh": (2, 2, 4),
