@@ -98,12 +98,20 @@ def test_a_checkpoint_moves_between_all_layouts(tmp_path):
                 assert np.asarray(leaf).tobytes() == np.asarray(expected).tobytes()
 
 
-TRIP = [("ma", (4, 4)), ("tp", (8, 2)), ("zero", (4, 4)), ("ma_folded", (2, 8)), ("ma", (1, 1))]
+TRIP = [
+    ("ma", (1, 4, 4)),
+    ("tp_pp", (2, 8, 1)),
+    ("pp", (4, 1, 4)),
+    ("zero", (1, 4, 4)),
+    ("tp", (1, 8, 2)),
+    ("ma_folded", (1, 2, 8)),
+    ("ma", (1, 1, 1)),
+]
 
 
 @pytest.mark.slow
 def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
-    """train.py, three steps on each: `ma`, `tp`, `zero`, `ma_folded` and one device."""
+    """train.py, three steps on each."""
     values = {
         "layers": 4,
         "d_model": 32,
@@ -120,14 +128,15 @@ def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
     def go(folder, layout, mesh, steps):
         flags = {
             "layout": layout,
-            "mesh.attention": mesh[0],
-            "mesh.expert": mesh[1],
+            "mesh.stage": mesh[0],
+            "mesh.attention": mesh[1],
+            "mesh.expert": mesh[2],
             "train.steps": steps,
-            "train.batch_size": 32,
-            "train.accumulation": 2,
+            "train.batch_size": 64,
+            "train.accumulation": 4,
             "train.log_every": 1,
             "optimizer.warmup_steps": 2,
-            "optimizer.decay_steps": 15,
+            "optimizer.decay_steps": 3 * len(TRIP),
             "optimizer.learning_rate": 1e-2,
             "data.source": "files",
             "data.path": data,
@@ -142,11 +151,11 @@ def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
 
-    undisturbed = go(tmp_path / "alone", "ma", (1, 1), 15)
+    undisturbed = go(tmp_path / "alone", *TRIP[-1], 3 * len(TRIP))
     for number, (layout, mesh) in enumerate(TRIP, 1):
         moved = go(tmp_path / "moved", layout, mesh, 3 * number)
-    assert sorted(moved) == list(range(1, 16))
-    assert undisturbed[1] - undisturbed[15] > 0.5
+    assert sorted(moved) == list(range(1, 3 * len(TRIP) + 1))
+    assert undisturbed[1] - undisturbed[3 * len(TRIP)] > 0.5
     for at, loss in undisturbed.items():
         assert moved[at] == pytest.approx(loss, rel=EXACT), at
 
@@ -291,7 +300,7 @@ def faults():
         yield pytest.param(fault, id=fault.__name__, marks=pytest.mark.slow if slow else [])
 
 
-@pytest.mark.parametrize("fault", faults())
+@pytest.mark.parametrize("fault", list(faults()))
 def test_a_fault_is_seen(fault, monkeypatch):
     layout, shows = FAULTS[fault]
     expected = one_device(fault_config(layout, alone=True))

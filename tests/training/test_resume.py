@@ -115,6 +115,16 @@ def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant):
     assert list(programs.glob("*-cache")) == []
 
 
+@pytest.mark.slow
+def test_a_pipeline_that_was_killed_goes_on(tmp_path):
+    pipeline = {"layout": "tp_pp", "mesh__stage": 2, "mesh__expert": 1, "model__layers": 2, "train__accumulation": 2}
+    flags = kill.flags(kill.text(tmp_path), model__expert_dropout=0.1, optimizer__zero1=True, **pipeline)
+    kill.killed(tmp_path / "run", in_a_step, *flags)
+    kill.train(tmp_path / "run", *flags)
+    kill.train(tmp_path / "whole", *flags)
+    same(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     "later",
     [pytest.param(1.5, marks=pytest.mark.slow), pytest.param(0.25, marks=pytest.mark.exhaustive)],
