@@ -59,7 +59,7 @@ def main(args: cli.Args) -> None:
 
 def train(config: Config, names: list[str], options) -> list[dict]:
     """The measurements of maxsep and of the peers `names`; those that could not run have only `system` and `error`."""
-    from maxsep.measure import flops, parts
+    from maxsep.measure import flops, memory, parts
     from maxsep.output import console
     from maxsep.training.run import Run
 
@@ -71,7 +71,8 @@ def train(config: Config, names: list[str], options) -> list[dict]:
         step()
     product()
 
-    results, turns = {"maxsep": facts(config)}, {"maxsep": lambda steps: timed(step, steps)}
+    ours = facts(config) | {"bubble": run.bubble, "memory": memory.of_program(step.compiled)}
+    results, turns = {"maxsep": ours}, {"maxsep": lambda steps: timed(step, steps)}
     with ExitStack() as stack:
         for name in names:
             say(f"{name}: compiling")
@@ -175,6 +176,11 @@ def report(results: list[dict]) -> str:
             )
         )
     lines += columns(rows)
+    if ours.get("memory"):
+        lines += [
+            "",
+            "MB a device, by the compiler: " + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in ours["memory"].items()),
+        ]
     if any((result.get("other_cpu") or 0) > QUIET for result in results):
         lines += ["", f"warning: other processes kept more than {QUIET} cores busy; these figures say little"]
     if "parts" in ours:

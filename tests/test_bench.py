@@ -37,7 +37,8 @@ def test_train(tmp_path, capsys):
     assert (result["devices"], result["layout"]) == (4, "ma")
     assert result["mesh"] == {"stage": 1, "attention": 2, "expert": 2}
     assert result["shape"]["experts"] == 4
-    assert result["steps"] == 3
+    assert (result["bubble"], result["steps"]) == (0, 3)
+    assert result["memory"]["arguments"] > 0 and result["memory"]["temporaries"] > 0
     assert result["min_seconds"] <= result["p10_seconds"] <= result["median_seconds"] <= result["p90_seconds"]
     assert result["tokens_per_second"] == pytest.approx(4 * 32 / result["median_seconds"])
     assert 0 < result["peak_share"] < 1
@@ -48,6 +49,7 @@ def test_train(tmp_path, capsys):
     assert "4 x simulated CPU device" in out
     (row,) = (line for line in out.splitlines() if line.startswith("maxsep "))
     assert f"{result['median_seconds']:.4f}" in row
+    assert f"temporaries {result['memory']['temporaries'] / 1e6:.1f}" in out
     assert "maxsep: 3/3 steps" in err
 
 

@@ -111,7 +111,7 @@ TRIP = [
 
 @pytest.mark.slow
 def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
-    """train.py, three steps on each."""
+    """train.py, three steps and an evaluation on each."""
     values = {
         "layers": 4,
         "d_model": 32,
@@ -135,6 +135,7 @@ def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
             "train.batch_size": 64,
             "train.accumulation": 4,
             "train.log_every": 1,
+            "train.eval_every": 3,
             "optimizer.warmup_steps": 2,
             "optimizer.decay_steps": 3 * len(TRIP),
             "optimizer.learning_rate": 1e-2,
@@ -149,13 +150,15 @@ def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
         argv += [f"--config.{name}={value}" for name, value in flags.items()]
         assert cli.run(train.main, train.define, train.__doc__, "configs/tiny.py", argv=argv) == cli.DONE
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+        return {(row["step"], row["split"]): row["loss"] for row in rows}
 
     undisturbed = go(tmp_path / "alone", *TRIP[-1], 3 * len(TRIP))
     for number, (layout, mesh) in enumerate(TRIP, 1):
         moved = go(tmp_path / "moved", layout, mesh, 3 * number)
-    assert sorted(moved) == list(range(1, 3 * len(TRIP) + 1))
-    assert undisturbed[1] - undisturbed[3 * len(TRIP)] > 0.5
+    last = 3 * len(TRIP)
+    assert sorted(step for step, split in moved if split == "train") == list(range(1, last + 1))
+    assert sorted(step for step, split in moved if split == "eval") == list(range(3, last + 1, 3))
+    assert undisturbed[1, "train"] - undisturbed[last, "train"] > 0.5
     for at, loss in undisturbed.items():
         assert moved[at] == pytest.approx(loss, rel=EXACT), at
 

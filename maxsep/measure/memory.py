@@ -1,4 +1,4 @@
-"""What a program's state takes on a device, by kind, from its abstract arrays: known before anything runs."""
+"""What a program takes on a device: its state by kind, and all of it as the compiler counts it, before it runs."""
 
 import math
 
@@ -24,3 +24,11 @@ def of_state(state) -> dict[str, int]:
     """Bytes a device of a `TrainState`, and of its gradients: they are summed where they arise, one for each weight."""
     weights = bytes_on_device(state.params)
     return {"weights": weights, "gradients": weights, "optimizer": bytes_on_device(state.optimizer)}
+
+
+def of_program(compiled) -> dict[str, int] | None:
+    """Bytes a device of a compiled program: `arguments`, and the most `temporaries` at a time. None: not told."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    return {"arguments": analysis.argument_size_in_bytes, "temporaries": analysis.temp_size_in_bytes}

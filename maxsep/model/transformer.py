@@ -21,12 +21,13 @@ from maxsep.parallel.layout import Layout
 from maxsep.parallel.pipeline import pipelined
 
 
-def _gather_again(primitive, *_, **__) -> bool:
-    return not primitive.name.startswith("all_gather")
+def _weights_again(primitive, *_, **__) -> bool:
+    return not primitive.name.startswith(("all_gather", "convert_element_type"))
 
 
 REMAT_POLICIES = {
-    "none": _gather_again,  # only where weights are stored in parts: a layer's are not kept whole
+    # Only where weights are stored in parts, or go through a pipeline's ticks: what is made of them is not kept.
+    "none": _weights_again,
     "full": None,  # keep a block's input alone
     "dots": jax.checkpoint_policies.dots_saveable,
 }
@@ -87,9 +88,12 @@ class Transformer(nnx.Module):
             with jax.named_scope("embedding"):
                 return self.embedding(tokens_abs[number], self.model.dtype)
 
+        # Taken apart here, once: a pipeline would keep what it makes of the weights for each micro-batch.
+        blocks = self.blocks if self.model.scan_layers else unstack(self.blocks, self.model.layers // layout.ways("l"))
+
         def layers(x_bsd, number):
             row = first_row + number * (b * layout.ways("b"))
-            return self.layers(x_bsd, tokens_abs[number], row, dropout_key, end_of_text)
+            return self.layers(blocks, x_bsd, tokens_abs[number], row, dropout_key, end_of_text)
 
         x_absd, stats = pipelined(embedded, layers, count, layout.axes("l"))
         with jax.named_scope("head"):
@@ -97,8 +101,11 @@ class Transformer(nnx.Module):
             nll = head.summed(self._nll, (self.final_norm, use(table)), x_absd, targets_abs)
             return Losses(layout.total(nll, layout.token_axes + axes), stats)
 
-    def layers(self, x_bsd: jax.Array, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text):
-        """This device's layers: [b, s, D] -> [b, s, D] and their `MoEStats`; `tokens_bs` [b, S] are whole sequences."""
+    def layers(self, blocks, x_bsd: jax.Array, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text):
+        """This device's layers: [b, s, D] -> [b, s, D] and their `MoEStats`.
+
+        `blocks` are stacked, or a list of each; `tokens_bs` [b, S] are whole sequences.
+        """
         model, layout = self.model, self.layout
         b, s = tokens_bs.shape
         segments_bs = None
@@ -115,14 +122,15 @@ class Transformer(nnx.Module):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
             return block(x_bsd, segments_bs, token_bs, key)
 
-        if model.remat != "none" or layout.ways("w") > 1:
-            block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=not model.scan_layers)
+        if model.remat != "none" or layout.ways("w") > 1 or layout.ways("l") > 1:
+            in_loop = model.scan_layers or layout.ways("l") > 1
+            block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=not in_loop)
         count = model.layers // layout.ways("l")
         numbers = collectives.index(layout.axes("l")) * count + jnp.arange(count)
         if model.scan_layers:
-            return lax.scan(block, x_bsd, (self.blocks, numbers))
+            return lax.scan(block, x_bsd, (blocks, numbers))
         layers = []
-        for at, one in enumerate(unstack(self.blocks, count)):
+        for at, one in enumerate(blocks):
             if layout.ways("w") > 1:
                 # Else XLA gathers all layers' weights before the loop over micro-batches, and keeps them.
                 x_bsd, one = lax.optimization_barrier((x_bsd, one))

@@ -55,6 +55,38 @@ def test_equals_log_softmax(ways, vocab_size, block, monkeypatch):
     assert not got_table[vocab_size:].any()
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_micro_batches_are_summed(micro_batches):
+    """The sum's gradient is made with it: that of the plain sum."""
+    rng = np.random.default_rng(0)
+    weights = {"scale": rng.normal(size=D), "table": rng.normal(size=(V, D))}
+    x_absd = rng.normal(size=(micro_batches, 2, 4, D))
+    targets_abs = rng.integers(-1, V, size=x_absd.shape[:3]).astype(np.int32)
+
+    def nll(weights, x_bsd, targets_bs):
+        x_td = (x_bsd * weights["scale"]).reshape(-1, D)
+        return head.cross_entropy(x_td, weights["table"], targets_bs.ravel(), V, ("attention",))
+
+    def on_device(weights, x_absd):
+        def summed(weights, x_absd):
+            return 2 * head.summed(nll, weights, x_absd, targets_abs)
+
+        def plain(weights, x_absd):
+            return 2 * sum(nll(weights, *at) for at in zip(x_absd, targets_abs, strict=True))
+
+        own = collectives.vary((weights, x_absd))
+        found = [jax.value_and_grad(f, (0, 1))(*own) for f in (summed, plain)]
+        without = head.summed(nll, *own, targets_abs)  # as evaluation computes it
+        return lax.psum((*found, without), collectives.AXES)
+
+    with jax.enable_x64(True), jax.set_mesh(make_mesh(config())):
+        function = jax.jit(jax.shard_map(on_device, in_specs=(P(), P()), out_specs=P()))
+        found, expected, without = jax.device_get(function(weights, x_absd))
+    np.testing.assert_allclose(without, expected[0] / 2, rtol=1e-12)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
 def test_padded_ids_have_no_probability():
     with jax.set_mesh(make_mesh(config())):
         function = jax.shard_map(
