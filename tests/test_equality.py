@@ -212,12 +212,14 @@ def test_a_step_equals_the_dense_model(name):
 
 
 @pytest.mark.parametrize(
-    "mesh", [(4, 4), *(pytest.param(m, marks=pytest.mark.slow) for m in [(1, 1), (2, 8)])], ids=named
+    ("layout", "mesh"),
+    [("ma", (4, 4)), *(pytest.param(*at, marks=pytest.mark.slow) for at in [("ma", (2, 8)), ("tp_pp", (2, 4, 2))])],
 )
-def test_bfloat16_is_near_float32(mesh):
-    params, batch = parameters(config()), text(config(), 1)[0]
-    exact, metrics = gradients(config((1, 1)), params, batch)
-    found, rough = gradients(config(mesh, model={"dtype": "bfloat16"}), params, batch)
+def test_bfloat16_is_near_float32(layout, mesh):
+    two = {"accumulation": 2}
+    params, batch = parameters(config(train=two)), text(config(train=two), 1)[0]
+    exact, metrics = gradients(config(train=two), params, batch)
+    found, rough = gradients(config(mesh, layout, model={"dtype": "bfloat16"}, train=two), params, batch)
     assert rough["loss"] == pytest.approx(metrics["loss"], rel=0.02)
     # Choices of experts flip where scores are close, so single entries differ; the whole points the same way.
     a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (found, exact))
