@@ -39,3 +39,13 @@ def test_experts_are_those_of_the_platform_compiled_for(platform, ragged):
 def test_the_platform_is_that_of_the_meshs_devices(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert run(**ON_GPU).program.layout.platform == "cpu"
+
+
+@pytest.mark.parametrize(("stages", "accumulation", "share"), [(1, 2, 0), (2, 2, 1 / 3), (2, 8, 1 / 9)])
+def test_a_pipeline_says_how_long_its_stages_are_idle(stages, accumulation, share):
+    c = config((stages, 1, 1), "pp", train={"accumulation": accumulation})
+    with jax.set_mesh(make_mesh(c)):
+        made = Run(c)
+    assert made.bubble == pytest.approx(share)
+    assert made.eval_shape[0] == stages, "an evaluation keeps every stage busy"
+    assert (f"idle for {share:.1%}" in made.described().get("pipeline", "")) == (stages > 1)
