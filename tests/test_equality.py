@@ -138,18 +138,12 @@ SLOW_STEPS = {
         "data": {"cross_document_attention": False},
         "optimizer": {"zero1": True},
     },
-    "ma in stages 2x4x2, full, capacity": {
-        "layout": MA_IN_STAGES,
-        "mesh": (2, 4, 2),
-        "model": FLOAT64 | {"layers": 4, "remat": "full", "capacity_factor": 1.0, "capacity_group": 4},
-        "train": TWO_STAGES,
-        "optimizer": {"zero1": True},
-    },
-    "ma in stages 4x2x2, unrolled": {
+    "ma in stages 4x2x2, full, capacity, zero1": {
         "layout": MA_IN_STAGES,
         "mesh": (4, 2, 2),
-        "model": FLOAT64 | {"layers": 4, "scan_layers": False},
+        "model": FLOAT64 | {"layers": 4, "remat": "full", "capacity_factor": 1.0, "capacity_group": 4},
         "train": FOUR_STAGES,
+        "optimizer": {"zero1": True},
     },
     "own, stages that each compute the head": {
         "layout": "l=stage b=expert h=attention",

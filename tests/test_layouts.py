@@ -68,10 +68,16 @@ TURNS = ["dropless", "drops, dropout, zero1"]  # each value of each switch
 
 
 @pytest.mark.parametrize(
-    "switches",
-    [pytest.param(name, marks=pytest.mark.slow if name in TURNS else pytest.mark.exhaustive) for name in SWITCHES],
+    ("layout", "switches"),
+    [
+        # `ma` has more of its own in test_equality.py.
+        pytest.param(
+            layout, name, marks=pytest.mark.slow if name in TURNS and layout != "ma" else pytest.mark.exhaustive
+        )
+        for layout in ROWS
+        for name in SWITCHES
+    ],
 )
-@pytest.mark.parametrize("layout", ROWS)
 def test_a_layout_has_the_losses_of_one_device_with_every_switch(layout, switches):
     """The two meshes take turns."""
     mesh = ROWS[layout][list(SWITCHES).index(switches) % 2]
@@ -103,7 +109,6 @@ TRIP = [
     ("tp_pp", (2, 8, 1)),
     ("pp", (4, 1, 4)),
     ("zero", (1, 4, 4)),
-    ("tp", (1, 8, 2)),
     ("ma_folded", (1, 2, 8)),
     ("ma", (1, 1, 1)),
 ]
@@ -299,8 +304,7 @@ def test_without_a_fault_nothing_differs(layout):
 
 def faults():
     for fault, (layout, _) in FAULTS.items():
-        slow = layout == "pp" and fault is not idle_ticks_counted
-        yield pytest.param(fault, id=fault.__name__, marks=pytest.mark.slow if slow else [])
+        yield pytest.param(fault, id=fault.__name__, marks=pytest.mark.slow if layout == "pp" else [])
 
 
 @pytest.mark.parametrize("fault", list(faults()))

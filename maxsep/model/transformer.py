@@ -4,6 +4,7 @@ The modules hold the parameters, as plain Flax NNX pytrees, layers stacked on th
 the train step's `jax.shard_map`: arrays are one device's part, and what is sent is sent by `collectives`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,18 +20,6 @@ from maxsep.model.moe import MoE, MoEStats
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.pipeline import pipelined
-
-
-def _weights_again(primitive, *_, **__) -> bool:
-    return not primitive.name.startswith(("all_gather", "convert_element_type"))
-
-
-REMAT_POLICIES = {
-    # Only where weights are stored in parts, or go through a pipeline's ticks: what is made of them is not kept.
-    "none": _weights_again,
-    "full": None,  # keep a block's input alone
-    "dots": jax.checkpoint_policies.dots_saveable,
-}
 
 
 class Block(nnx.Module):
@@ -122,9 +111,7 @@ class Transformer(nnx.Module):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
             return block(x_bsd, segments_bs, token_bs, key)
 
-        if model.remat != "none" or layout.ways("w") > 1 or layout.ways("l") > 1:
-            in_loop = model.scan_layers or layout.ways("l") > 1
-            block = jax.checkpoint(block, policy=REMAT_POLICIES[model.remat], prevent_cse=not in_loop)
+        block = rematerialised(block, model, layout)
         count = model.layers // layout.ways("l")
         numbers = collectives.index(layout.axes("l")) * count + jnp.arange(count)
         if model.scan_layers:
@@ -145,6 +132,22 @@ class Transformer(nnx.Module):
         x_bsd = layout.join(final_norm(x_bsd), axes)
         targets_t = layout.join_ids(targets_bs, axes).ravel()
         return head.cross_entropy(x_bsd.reshape(-1, x_bsd.shape[-1]), table_vd, targets_t, self.ids, axes)
+
+
+def rematerialised(block: Callable, model: ModelConfig, layout: Layout) -> Callable:
+    """`block`, which keeps for its backward pass what `model.remat` says."""
+    policy = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}.get(model.remat)
+    if model.remat == "none":
+        # All but what is made of weights: a layer's from their parts, and casts, which a pipeline would keep each tick.
+        again = ("all_gather",) * (layout.ways("w") > 1) + ("convert_element_type",) * (layout.ways("l") > 1)
+        if not again:
+            return block
+
+        def policy(primitive, *_, **__):
+            return not primitive.name.startswith(again)
+
+    in_loop = model.scan_layers or layout.ways("l") > 1
+    return jax.checkpoint(block, policy=policy, prevent_cse=not in_loop)
 
 
 def unstack(tree, layers: int) -> list:

@@ -51,7 +51,17 @@ VARIANTS = {
         "train__accumulation": 2,
         "model__scan_layers": False,
     },
-    "zero1, remat, bfloat16": {"optimizer__zero1": True, "model__remat": "full", "model__dtype": "bfloat16"},
+    "a pipeline, dropout, zero1, remat, bfloat16": {
+        "layout": "tp_pp",
+        "mesh__stage": 2,
+        "mesh__expert": 1,
+        "train__accumulation": 2,
+        "model__layers": 2,
+        "model__expert_dropout": 0.1,
+        "optimizer__zero1": True,
+        "model__remat": "full",
+        "model__dtype": "bfloat16",
+    },
 }
 
 
@@ -107,22 +117,12 @@ def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant):
-    """On 2 x 2 devices, whose programs are not kept."""
+    """On four devices, whose programs are not kept."""
     flags = kill.flags(kill.text(tmp_path), **variant)
     killed_at_each(MOMENTS, tmp_path / "run", flags)
     kill.train(tmp_path / "whole", *flags)
     same(tmp_path / "run", tmp_path / "whole")
     assert list(programs.glob("*-cache")) == []
-
-
-@pytest.mark.slow
-def test_a_pipeline_that_was_killed_goes_on(tmp_path):
-    pipeline = {"layout": "tp_pp", "mesh__stage": 2, "mesh__expert": 1, "model__layers": 2, "train__accumulation": 2}
-    flags = kill.flags(kill.text(tmp_path), model__expert_dropout=0.1, optimizer__zero1=True, **pipeline)
-    kill.killed(tmp_path / "run", in_a_step, *flags)
-    kill.train(tmp_path / "run", *flags)
-    kill.train(tmp_path / "whole", *flags)
-    same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
