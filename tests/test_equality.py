@@ -89,13 +89,6 @@ STEPS = {
 }
 FLOAT64 = {"dtype": "float64"}
 TWO_STAGES, FOUR_STAGES = ({"batch_size": 16 * stages, "accumulation": stages} for stages in (2, 4))
-STEPS["pp 2x1x8, capacity, kv heads, documents"] = {
-    "layout": "pp",
-    "mesh": (2, 1, 8),
-    "model": {"capacity_factor": 1.25, "kv_heads": 2},
-    "train": TWO_STAGES,
-    "data": {"cross_document_attention": False},
-}
 SLOW_STEPS = {
     "ma_folded 2x8, unrolled, dots, k 3, gelu": {
         "layout": "ma_folded",
@@ -117,6 +110,13 @@ SLOW_STEPS = {
     "zero 16x1, full": {"layout": "zero", "mesh": (16, 1), "model": {"remat": "full"}},
     "zero 1x16": {"layout": "zero", "mesh": (1, 16), "model": FLOAT64},
     "tp 16x1": {"layout": "tp", "mesh": (16, 1), "model": FLOAT64 | {"kv_heads": 4}},
+    "pp 2x1x8, capacity, kv heads, documents": {
+        "layout": "pp",
+        "mesh": (2, 1, 8),
+        "model": {"capacity_factor": 1.25, "kv_heads": 2},
+        "train": TWO_STAGES,
+        "data": {"cross_document_attention": False},
+    },
     "pp 4x1x4, unrolled, dots, k 3, gelu, zero1": {
         "layout": "pp",
         "mesh": (4, 1, 4),

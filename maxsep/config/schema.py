@@ -6,9 +6,11 @@ fields of those, and `from_config_dict` brings them back here, checked. The rest
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -170,16 +172,24 @@ class Field:
     comment: str
 
 
-def fields(node=Config, prefix: str = "") -> Iterator[Field]:
+@functools.cache
+def fields() -> tuple[Field, ...]:
     """Every setting in order; the comment is the one beside it in this file."""
-    hints = typing.get_type_hints(node)
-    source = inspect.getsource(node)
-    for f in dataclasses.fields(node):
-        if dataclasses.is_dataclass(hints[f.name]):
-            yield from fields(hints[f.name], f"{prefix}{f.name}.")
-        else:
-            comment = re.search(rf"^    {f.name}: .*?(?:  # (.*))?$", source, re.MULTILINE)[1]
-            yield Field(prefix + f.name, hints[f.name], f.default, comment or "")
+    source = inspect.getsource(sys.modules[__name__])
+
+    def of(node, prefix: str) -> Iterator[Field]:
+        hints = typing.get_type_hints(node)
+        # Cut out by hand: inspect parses all of this file for the source of one class, and in Python 3.11 a parse
+        # fails when the garbage collector prints a traceback in its midst (SystemError: AST constructor ...).
+        own = re.search(rf"^class {node.__name__}:\n(.*?)^\S", source, re.MULTILINE | re.DOTALL)[1]
+        for f in dataclasses.fields(node):
+            if dataclasses.is_dataclass(hints[f.name]):
+                yield from of(hints[f.name], f"{prefix}{f.name}.")
+            else:
+                comment = re.search(rf"^    {f.name}: .*?(?:  # (.*))?$", own, re.MULTILINE)[1]
+                yield Field(prefix + f.name, hints[f.name], f.default, comment or "")
+
+    return tuple(of(Config, ""))
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:

@@ -78,7 +78,7 @@ class Transformer(nnx.Module):
                 return self.embedding(tokens_abs[number], self.model.dtype)
 
         # Taken apart here, once: a pipeline would keep what it makes of the weights for each micro-batch.
-        blocks = self.blocks if self.model.scan_layers else unstack(self.blocks, self.model.layers // layout.ways("l"))
+        blocks = self.blocks if self.model.scan_layers else unstack(self.blocks)
 
         def layers(x_bsd, number):
             row = first_row + number * (b * layout.ways("b"))
@@ -150,9 +150,10 @@ def rematerialised(block: Callable, model: ModelConfig, layout: Layout) -> Calla
     return jax.checkpoint(block, policy=policy, prevent_cse=not in_loop)
 
 
-def unstack(tree, layers: int) -> list:
+def unstack(tree) -> list:
     """Each layer's slice of stacked parameters; the gradient is one concatenation, not a sum of padded slices."""
     leaves, treedef = jax.tree.flatten(tree)
+    layers = leaves[0].shape[0]
     parts = [lax.split(leaf, [1] * layers, axis=0) for leaf in leaves]
     return [treedef.unflatten(part[layer].squeeze(0) for part in parts) for layer in range(layers)]
 

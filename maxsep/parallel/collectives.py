@@ -81,7 +81,7 @@ def exchange(x: jax.Array, axes: Axes, split: int, concat: int) -> jax.Array:
 
 
 def shift(x: jax.Array, axes: Axes) -> jax.Array:
-    """What the device before this one along `axes` has; zeros on the first. The gradient goes the other way."""
+    """What the device before this one along `axes` has; zeros on the first, or the only one. Gradients go back."""
     return lax.ppermute(x, axes, [(i, i + 1) for i in range(size(axes) - 1)])
 
 

@@ -46,11 +46,12 @@ class Run:
         self.abstract_state = self._placed(jax.eval_shape(self.program.init))
         micro_batch = train.batch_size // train.accumulation
         self.batch_shape = (train.accumulation, micro_batch, length + 1)
-        self.eval_shape = (self.program.layout.ways("l"), micro_batch, length + 1)
+        self.stages = self.program.layout.ways("l")
+        self.eval_shape = (self.stages, micro_batch, length + 1)
         self.batch_sharding = NamedSharding(self.mesh, self.program.batch_spec)
         self.tokens = train.batch_size * length  # a step
         self.flops = self.tokens * flops.flops_per_token(config.model, length)  # a step
-        self.bubble = pipeline.bubble(self.eval_shape[0], train.accumulation)
+        self.bubble = pipeline.bubble(self.stages, train.accumulation)
         self.eval_step = jax.jit(self.program.eval_step)
 
     def _placed(self, tree):
@@ -144,11 +145,10 @@ class Run:
         }
 
     def _pipeline(self) -> dict[str, str]:
-        stages = self.program.layout.ways("l")
-        if stages == 1:
+        if self.stages == 1:
             return {}
         bubble = f"{self.bubble:.1%} of the layers' time (the larger train.accumulation, the less)"
-        return {"pipeline": f"{stages} stages, each idle for {bubble}"}
+        return {"pipeline": f"{self.stages} stages, each idle for {bubble}"}
 
     def _warmup(self) -> dict[str, str]:
         steps, warmup = self.config.train.steps, self.config.optimizer.warmup_steps
