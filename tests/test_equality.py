@@ -44,11 +44,6 @@ STEPS = {
         "model": {"kv_heads": 2, "remat": "full", "tied_embedding": True},
         "optimizer": {"zero1": True},
     },
-    "16x1 kv heads replicated, documents": {
-        "mesh": (16, 1),
-        "model": {"kv_heads": 4, "vocab_size": 2000},
-        "data": {"cross_document_attention": False},
-    },
     "1x16 capacity, accumulation": {
         "mesh": (1, 16),
         "model": {"layers": 1, "capacity_factor": 1.25, "capacity_group": 16},
@@ -90,6 +85,11 @@ STEPS = {
 FLOAT64 = {"dtype": "float64"}
 TWO_STAGES, FOUR_STAGES = ({"batch_size": 16 * stages, "accumulation": stages} for stages in (2, 4))
 SLOW_STEPS = {
+    "16x1 kv heads replicated, documents": {
+        "mesh": (16, 1),
+        "model": {"kv_heads": 4, "vocab_size": 2000},
+        "data": {"cross_document_attention": False},
+    },
     "ma_folded 2x8, unrolled, dots, k 3, gelu": {
         "layout": "ma_folded",
         "mesh": (2, 8),
@@ -264,13 +264,16 @@ DISPATCHES = {
         "data": {"sequence_length": 64},
     },
 }
+QUICK = ("drops", (2, 8))  # the rest is slow
 
 
 @pytest.mark.parametrize(
     ("dispatch", "mesh"),
     [
-        pytest.param(dispatch, mesh, id=f"{dispatch}-{named(mesh)}", marks=[] if mesh == quick else pytest.mark.slow)
-        for dispatch, quick in (("dropless", (4, 4)), ("drops", (2, 8)))
+        pytest.param(
+            dispatch, mesh, id=f"{dispatch}-{named(mesh)}", marks=[] if (dispatch, mesh) == QUICK else pytest.mark.slow
+        )
+        for dispatch in DISPATCHES
         for mesh in MESHES[1:]
     ],
 )
