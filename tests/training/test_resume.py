@@ -114,8 +114,13 @@ def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch):
     assert len(list(programs.glob("jit_train_step-*-cache"))) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, id=name, marks=pytest.mark.slow if "pipeline" in name else pytest.mark.exhaustive)
+        for name, variant in VARIANTS.items()
+    ],
+)
 def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant):
     """On four devices, whose programs are not kept."""
     flags = kill.flags(kill.text(tmp_path), **variant)
@@ -138,7 +143,7 @@ def test_killed_at_any_time(tmp_path, programs, flags, whole, later):
     same(tmp_path / "run", whole)
 
 
-MESHES = [(4, 1), (1, 1), (1, 4), (4, 4), (2, 1)]
+MESHES = {(1, 1): "slow", (1, 4): "slow", (4, 4): "slow", (4, 1): "exhaustive", (2, 1): "exhaustive"}
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +156,10 @@ def moved(tmp_path_factory):
     return flags, folder / "whole", folder / "killed"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(mesh, id=f"{mesh[0]}x{mesh[1]}", marks=getattr(pytest.mark, mark)) for mesh, mark in MESHES.items()],
+)
 def test_killed_and_restarted_on_another_mesh(tmp_path, moved, mesh):
     flags, whole, killed = moved
     run = shutil.copytree(killed, tmp_path / "run")
