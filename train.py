@@ -8,7 +8,7 @@ import sys
 
 from absl import flags
 
-from maxsep.config import cli
+from maxsep.config import cli, paths
 from maxsep.output import workdir
 from maxsep.parallel.start import start
 
@@ -23,7 +23,7 @@ def main(args: cli.Args) -> None:
 
     training = args.flags.mode == "train"
     named = args.flags.workdir
-    folder = cli.workdir(f"runs/{args.config.name}" if named is None else named, exists=not training)
+    folder = paths.run_folder(f"runs/{args.config.name}" if named is None else named, exists=not training)
     workdir.check_start(folder, args.config, training)
     preparation.check(args.config)
     config = start(args.config, args.fit_mesh, training)

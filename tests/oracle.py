@@ -200,38 +200,47 @@ def dense_moe(x_td, w, layer, model, groups):
     return y, balancing, z, (~kept).sum(), gap
 
 
+def model_scores(params, tokens, model, groups=(), end_of_text=None):
+    """Scores [b, s, V] of the next token after each of `tokens` [b, s], of the ids alone.
+
+    Also the auxiliary losses at their coefficients, the dropped choices, and the smallest gap, as `model_loss`.
+    """
+    auxiliary, dropped, gap = 0.0, 0, jnp.inf
+    b, s = tokens.shape
+    segments = np.zeros((b, s), int)
+    if end_of_text is not None:
+        for row in range(b):
+            for i in range(1, s):
+                segments[row, i] = segments[row, i - 1] + (tokens[row, i - 1] == end_of_text)
+    x = params["embedding"]["table_vd"][tokens]
+    for layer in range(model.layers):
+        block = params["blocks"]
+        w = block["attention"]
+        y = rms_norm(x, block["attention_norm"]["scale"][layer], model.norm_eps)
+        x = x + jax.vmap(functools.partial(attention, w=w, layer=layer, model=model))(y, segments)
+        y = rms_norm(x, block["moe_norm"]["scale"][layer], model.norm_eps).reshape(b * s, -1)
+        y, balancing, z, lost, least = dense_moe(y, block["moe"], layer, model, groups)
+        auxiliary += model.load_balancing_coefficient * balancing + model.router_z_coefficient * z
+        dropped += lost
+        gap = jnp.minimum(gap, least)
+        x = x + y.reshape(b, s, -1)
+    x = rms_norm(x, params["final_norm"]["scale"], model.norm_eps)
+    table = params["embedding"]["table_vd"] if model.tied_embedding else params["head_vd"]
+    return x @ table[: model.vocab_size].T, auxiliary, dropped, gap
+
+
 def model_loss(params, batch_abt, config, groups=(), end_of_text=None):
     """Total loss of a step on records [accumulation, micro-batch, S + 1].
 
     Also the cross-entropy a token, the dropped choices, and the smallest gap between a token's k-th and next router
     score: where it is larger than rounding, another order of sums chooses the same experts.
     """
-    model = config.model
     total_nll, auxiliary, dropped, gap = 0.0, 0.0, 0, jnp.inf
     for batch_bt in np.asarray(batch_abt):
         tokens, targets = np.maximum(batch_bt[:, :-1], 0), batch_bt[:, 1:]
-        b, s = tokens.shape
-        segments = np.zeros((b, s), int)
-        if end_of_text is not None:
-            for row in range(b):
-                for i in range(1, s):
-                    segments[row, i] = segments[row, i - 1] + (tokens[row, i - 1] == end_of_text)
-        x = params["embedding"]["table_vd"][tokens]
-        for layer in range(model.layers):
-            block = params["blocks"]
-            w = block["attention"]
-            y = rms_norm(x, block["attention_norm"]["scale"][layer], model.norm_eps)
-            x = x + jax.vmap(functools.partial(attention, w=w, layer=layer, model=model))(y, segments)
-            y = rms_norm(x, block["moe_norm"]["scale"][layer], model.norm_eps).reshape(b * s, -1)
-            y, balancing, z, lost, least = dense_moe(y, block["moe"], layer, model, groups)
-            auxiliary += model.load_balancing_coefficient * balancing + model.router_z_coefficient * z
-            dropped += lost
-            gap = jnp.minimum(gap, least)
-            x = x + y.reshape(b, s, -1)
-        x = rms_norm(x, params["final_norm"]["scale"], model.norm_eps)
-        table = params["embedding"]["table_vd"] if model.tied_embedding else params["head_vd"]
-        log_p = jax.nn.log_softmax(x @ table[: model.vocab_size].T, axis=-1)
-        nll = -jnp.take_along_axis(log_p, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-        total_nll += jnp.where(targets >= 0, nll, 0).sum()
+        scores, more, lost, least = model_scores(params, tokens, config.model, groups, end_of_text)
+        auxiliary, dropped, gap = auxiliary + more, dropped + lost, jnp.minimum(gap, least)
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), np.maximum(targets, 0)[..., None], axis=-1)
+        total_nll += jnp.where(targets >= 0, nll[..., 0], 0).sum()
     count = (np.asarray(batch_abt)[..., 1:] >= 0).sum()
     return total_nll / count + auxiliary / len(batch_abt), (total_nll / count, dropped, gap)

@@ -18,10 +18,9 @@ import os
 import re
 import runpy
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -30,8 +29,18 @@ from absl import flags
 from ml_collections import config_flags
 
 from maxsep.config import paths
+from maxsep.config.help import page
 from maxsep.config.paths import REPOSITORY
-from maxsep.config.schema import Config, ConfigError, fields, from_config_dict, mistyped, to_config_dict, unknown_field
+from maxsep.config.schema import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    fields,
+    from_config_dict,
+    mistyped,
+    to_config_dict,
+    unknown_field,
+)
 from maxsep.config.stored import read_config
 from maxsep.config.validate import validate
 
@@ -53,8 +62,16 @@ class Args:
 
     flags: flags.FlagValues  # the tool's own, as attributes
     config: Config | None  # checked; None for a tool that takes none
-    fit_mesh: bool  # neither a config, a run nor a field of the mesh was named: the mesh may follow the machine
+    fit_mesh: bool  # the mesh may follow the machine: no field of it was named, nor, for training, a config or a run
     command: str | None  # train in `bench train`; None for a tool without commands
+
+
+@dataclass(frozen=True)
+class OfRun:
+    """A tool that works on what a run has made, with the run's own config."""
+
+    newest: Callable[[], Path]  # the run's folder where --workdir names none
+    takes: tuple[str, ...]  # the config fields that may be set
 
 
 def run(
@@ -64,6 +81,7 @@ def run(
     default_config: str | None = None,
     commands: Sequence[str] = (),
     argv: Sequence[str] | None = None,
+    of_run: OfRun | None = None,
 ) -> int:
     """Parses the command line, calls `main`, and turns whatever happens into an exit status.
 
@@ -74,6 +92,7 @@ def run(
         default_config: config file, relative to the repository; None: the tool has no `--config`.
         commands: the words of which the tool takes exactly one.
         argv: program and arguments; None: `sys.argv`.
+        of_run: the tool works on a run, instead of `default_config`.
 
     Returns:
         The exit status, 0 where `main` returned.
@@ -81,9 +100,9 @@ def run(
     argv = list(sys.argv if argv is None else argv)
     try:
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
-            print(help_text(argv, define, doc, default_config, commands))
+            print(help_text(argv, define, doc, default_config, commands, of_run))
             return DONE
-        main(parse(argv, define, default_config, commands))
+        main(parse(argv, define, default_config, commands, of_run))
     except Exit as e:
         return _error(e.status, e)
     except ConfigError as e:
@@ -104,6 +123,7 @@ def parse(
     define: Callable[[flags.FlagValues], None],
     default_config: str | None = None,
     commands: Sequence[str] = (),
+    of_run: OfRun | None = None,
 ) -> Args:
     """The command line as `Args`.
 
@@ -116,15 +136,19 @@ def parse(
     fit_mesh = False
     path, argv = _take("config", argv)
     overridden = _overridden(argv)
+    takes_config = default_config is not None or of_run is not None
     try:
-        if default_config is not None:
+        if of_run is not None:
+            base, argv, fit_mesh = *_of_run(path, argv, overridden, of_run), True
+        elif default_config is not None:
             base, fit_mesh = _base(path, default_config, argv if "workdir" in values else [])
+        if takes_config:
             config_dict = to_config_dict(base)
             config_flags.DEFINE_config_dict("config", config_dict, flag_values=values, sys_argv=argv)
         elif path is not None or overridden:
             raise ConfigError("--config: this command takes none")
         rest = values(argv)[1:]
-        if default_config is not None:
+        if takes_config:
             config = from_config_dict(values.config)
     except flags.Error as e:
         raise _named(e) from e
@@ -137,7 +161,7 @@ def parse(
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     if config is not None:
-        validate(config)
+        validate(config, training=of_run is None)
     return Args(values, config, fit_mesh and not any(p.startswith("mesh.") for p in overridden), command)
 
 
@@ -179,64 +203,32 @@ def load_config(path: str) -> Config:
     return from_config_dict(values)
 
 
-def workdir(path: str, exists: bool) -> Path:
-    """A run's folder, absolute, checked but not made.
-
-    Args:
-        path: as given on the command line.
-        exists: it must be there already.
-
-    Raises:
-        ConfigError: it is missing though it must exist, or could not be made or written to.
-    """
-    if not path:
-        raise ConfigError("--workdir: got '', which is no folder; takes a folder")
-    folder = paths.named("--workdir", path).resolve()
-    if exists and not folder.is_dir():
-        raise ConfigError(f"--workdir: got {path}, which does not exist; takes the folder of a run")
-    parent = next(p for p in (folder, *folder.parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"--workdir: got {path}, but {parent} is not a folder to write to; takes a folder")
-    return folder
-
-
 def help_text(
     argv: Sequence[str],
     define: Callable[[flags.FlagValues], None],
     doc: str,
     default_config: str | None = None,
     commands: Sequence[str] = (),
+    of_run: OfRun | None = None,
 ) -> str:
     """The tool's flags and, where it takes a config, every field with its value in the one that `argv` names."""
     values = flags.FlagValues()
     define(values)
-    words = f" {{{','.join(commands)}}}" if commands else ""
-    lines = [doc.strip(), "", f"usage: {Path(argv[0]).name}{words} [--flag=value ...]", ""]
+    general, heading, shown = [], "", []
     if default_config is not None:
         own = "the run's own in --workdir, else " if "workdir" in values else ""
-        lines += _entry("--config=FILE", f"config file (default {own}{default_config})")
-        lines += _entry("--config.SECTION.FIELD=VALUE", "any field listed below")
-    for name in sorted(values):
-        flag = values[name]
-        choices = getattr(flag.parser, "enum_values", None)
-        value = "|".join(choices) if choices else "true|false" if flag.boolean else "VALUE"
-        text = re.sub(r"^<.*?>: ", "", flag.help)  # absl's list of choices
-        lines += _entry(f"--{name}={value}", text if flag.default is None else f"{text} (default {flag.default})")
-    if default_config is not None:
+        general += [("--config=FILE", f"config file (default {own}{default_config})")]
         path, others = _take("config", argv)
         config, _ = _base(path, default_config, others if "workdir" in values else [])
-        lines += ["", f"config fields, with their values in {path or config.name}:"]
-        for field in fields():
-            value = attrgetter(field.path)(config)
-            lines += _entry(f"--config.{field.path}={value}", field.comment)
-    return "\n".join(lines)
-
-
-def _entry(left: str, right: str) -> list[str]:
-    """One flag of the help, its text in a column of its own."""
-    text = textwrap.wrap(right, 66) or [""]
-    first = [f"  {left:<44} {text[0]}"] if len(left) <= 44 else [f"  {left}", " " * 47 + text[0]]
-    return [line.rstrip() for line in first + [" " * 47 + line for line in text[1:]]]
+        heading = f"config fields, with their values in {path or config.name}:"
+        shown = [(f"--config.{field.path}={attrgetter(field.path)(config)}", field.comment) for field in fields()]
+    elif of_run is not None:
+        heading = "config fields that may differ from the run's own:"
+        shown = [(f"--config.{field.path}=VALUE", field.comment) for field in fields() if field.path in of_run.takes]
+    if heading:
+        general += [("--config.SECTION.FIELD=VALUE", "any field listed below")]
+    words = f" {{{','.join(commands)}}}" if commands else ""
+    return page(doc, f"{Path(argv[0]).name}{words}", general, values, heading, shown)
 
 
 def _base(path: str | None, default: str, argv: Sequence[str]) -> tuple[Config, bool]:
@@ -250,6 +242,23 @@ def _base(path: str | None, default: str, argv: Sequence[str]) -> tuple[Config, 
     if folder and (paths.named("--workdir", folder) / "config.json").is_file():
         return read_config(paths.named("--workdir", folder))[0], False
     return load_config(str(REPOSITORY / default)), True
+
+
+def _of_run(path: str | None, argv: Sequence[str], overridden: list[str], of_run: OfRun) -> tuple[Config, list[str]]:
+    """The config of the run that --workdir names, else of the newest, which is added to the arguments."""
+    if path is not None:
+        raise ConfigError(f"--config: got {path}; takes none, as the run in --workdir has its own")
+    for field in overridden:
+        if field not in of_run.takes:
+            raise ConfigError(f"{field}: is the run's own and cannot be changed here; takes {', '.join(of_run.takes)}")
+    folder = _take("workdir", argv)[0]
+    if folder is None:
+        folder = str(of_run.newest())
+        argv = [*argv[:1], f"--workdir={folder}", *argv[1:]]
+    config = read_config(paths.run_folder(folder, exists=True, written=False))[0]
+    if not any(field.startswith("mesh.") for field in overridden):
+        config = replace(config, mesh=MeshConfig())
+    return config, list(argv)
 
 
 def _take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -34,3 +34,27 @@ def to_write(field: str, value: str) -> Path:
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{field}: got {value!r}; takes a file to write, in a folder that exists")
     return path
+
+
+def run_folder(path: str, exists: bool, written: bool = True) -> Path:
+    """A run's folder, absolute, checked but not made.
+
+    Args:
+        path: as given on the command line.
+        exists: it must be there already.
+        written: it is to be written to.
+
+    Raises:
+        ConfigError: it is missing though it must exist, or could not be made or written to.
+    """
+    if not path:
+        raise ConfigError("--workdir: got '', which is no folder; takes a folder")
+    folder = named("--workdir", path).resolve()
+    if exists and not folder.is_dir():
+        raise ConfigError(f"--workdir: got {path}, which does not exist; takes the folder of a run")
+    if not written:
+        return folder
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"--workdir: got {path}, but {parent} is not a folder to write to; takes a folder")
+    return folder

@@ -15,8 +15,10 @@ GPT2_FEWEST_IDS = 257  # a byte each, and the end of a text
 MOST_DEVICES = 4096  # along an axis, where one is suggested
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, training: bool = True) -> None:
     """Checks everything about a config that needs neither a device nor a file.
+
+    Not `training`: for inference, whose batches are made to fit the mesh.
 
     Raises:
         ConfigError: the first rule that is broken, as one line.
@@ -26,7 +28,7 @@ def validate(config: Config) -> None:
     _optimizer(config)
     _data(config)
     _model(config)
-    _mesh(config)
+    _mesh(config, training)
 
 
 def _need(holds: bool, path: str, got, takes: str) -> None:
@@ -157,9 +159,11 @@ def _model(config: Config) -> None:
         _need(model.dtype == "bfloat16", "model.dtype", model.dtype, "bfloat16 where model.attention_kernel is cudnn")
 
 
-def _mesh(config: Config) -> None:
+def _mesh(config: Config, training: bool) -> None:
     """Every rule follows from the layout's row."""
     model, dimensions = config.model, _dimensions(config)
+    if not training:
+        del dimensions["b"], dimensions["s"]
     row, sizes = layouts.row(config.layout), dict(zip(layouts.AXES, config.mesh.shape, strict=True))
     _at_least(config, 1, "mesh.stage", "mesh.attention", "mesh.expert")
 
@@ -173,13 +177,14 @@ def _mesh(config: Config) -> None:
             takes += " (pp, tp_pp, and rows of one's own with l=stage split layers)"
         _need(size == 1 or axis in working, f"mesh.{axis}", size, takes)
     _divide(config.layout, row, sizes, dimensions)
-    accumulation, stages = config.train.accumulation, ways("l")
-    takes = f"at least {stages}, as layout {config.layout} has as many stages, each with a micro-batch to work on"
-    _need(accumulation >= stages, "train.accumulation", accumulation, takes)
-
     kv_heads, parts = model.n_kv_heads, ways("h")
     takes = f"a multiple or a divisor of {parts}, the parts of model.heads on this mesh"
     _need(kv_heads % parts == 0 or parts % kv_heads == 0, "model.kv_heads", kv_heads, takes)
+    if not training:
+        return
+    accumulation, stages = config.train.accumulation, ways("l")
+    takes = f"at least {stages}, as layout {config.layout} has as many stages, each with a micro-batch to work on"
+    _need(accumulation >= stages, "train.accumulation", accumulation, takes)
     own = config.data.sequence_length // ways("s")
     if model.capacity_group is not None:
         group = model.capacity_group

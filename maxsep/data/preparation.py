@@ -55,11 +55,7 @@ class Preparation:
     def __init__(self, config: Config, log: Callable[[str], None]):
         data = config.data
         self.config, self.log = config, log
-        self.tokenizer = tokenizer.load(data.tokenizer)
-        ids = self.tokenizer.vocab_size
-        if config.model.vocab_size < ids:
-            takes = f"at least {ids}, as data.tokenizer is {data.tokenizer}"
-            raise ConfigError(f"model.vocab_size: got {config.model.vocab_size}; takes {takes}")
+        self.tokenizer = tokenizer.of(config)
         self.cache = cache.root(data.cache)
         self.source = sources.find(data, self.cache)
 

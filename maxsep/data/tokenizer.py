@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from maxsep.config import ConfigError, paths
+from maxsep.config import Config, ConfigError, paths
 from maxsep.config.validate import tokenizer_ids
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,6 +35,19 @@ def load(name: str) -> "Gpt2Tokenizer | ByteTokenizer | JsonTokenizer":
     if ids is None:
         return JsonTokenizer(name)
     return ByteTokenizer() if name == "bytes" else Gpt2Tokenizer(ids)
+
+
+def of(config: Config) -> "Gpt2Tokenizer | ByteTokenizer | JsonTokenizer":
+    """As `load`, of a config.
+
+    Raises:
+        ConfigError: also where its model has too few ids.
+    """
+    found = load(config.data.tokenizer)
+    if config.model.vocab_size < found.vocab_size:
+        takes = f"at least {found.vocab_size}, as data.tokenizer is {config.data.tokenizer}"
+        raise ConfigError(f"model.vocab_size: got {config.model.vocab_size}; takes {takes}")
+    return found
 
 
 class Gpt2Tokenizer:

@@ -6,6 +6,7 @@ from flax import nnx
 from jax import lax
 
 from maxsep.config import ModelConfig
+from maxsep.model.kv_cache import KeysValues, Window
 from maxsep.model.layers import normal, rotate, use
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
@@ -29,16 +30,34 @@ class Attention(nnx.Module):
 
     def __call__(self, x_bsd: jax.Array, segments_bs: jax.Array | None) -> jax.Array:
         """[b, s, D] -> [b, s, D]. `segments_bs` [b, S] numbers documents; None: attend across them."""
-        axes, dtype = self.layout.axes("h"), x_bsd.dtype
-        x_bsd = self.layout.join(x_bsd, axes)
-        wq, wo = use(self.wq_ldhq, dtype), use(self.wo_lhqd, dtype)
-        wk, wv = (self._own_heads(use(w, dtype), wq.shape[1]) for w in (self.wk_ldkq, self.wv_ldkq))
-        q_bshq = rotate(jnp.einsum("bsd,dhq->bshq", x_bsd, wq), self.theta)
-        k_bskq = rotate(jnp.einsum("bsd,dkq->bskq", x_bsd, wk), self.theta)
-        v_bskq = jnp.einsum("bsd,dkq->bskq", x_bsd, wv)
+        return self.prefill(x_bsd, segments_bs)[0]
+
+    def prefill(self, x_bsd: jax.Array, segments_bs: jax.Array | None):
+        """As a call; also the keys and values [b, S, k, q] of whole sequences, of the heads that this device has."""
+        q_bshq, k_bskq, v_bskq = self._heads(x_bsd)
         attend = fused_attention if self.kernel == "cudnn" else blocked_attention
-        y_bshq = attend(q_bshq, k_bskq, v_bskq, segments_bs)
-        return self.layout.part(jnp.einsum("bshq,hqd->bsd", y_bshq, wo), axes)
+        return self._out(attend(q_bshq, k_bskq, v_bskq, segments_bs)), (k_bskq, v_bskq)
+
+    def decode(self, x_b1d: jax.Array, cache: KeysValues, slot: jax.Array, window: Window):
+        """One token of each sequence, [b, 1, D] -> [b, 1, D], and the cache with its keys and values in `slot`."""
+        position_b1 = (slot - window.pad_b)[:, None]
+        q_b1hq, k_b1kq, v_b1kq = self._heads(x_b1d, position_b1)
+        cache = cache.put(slot, k_b1kq, v_b1kq)
+        return self._out(cached_attention(q_b1hq, cache, slot, window.first_b)), cache
+
+    def _heads(self, x_bsd: jax.Array, position_bs: jax.Array | None = None):
+        """Queries, keys and values of this device's heads, of whole sequences."""
+        dtype = x_bsd.dtype
+        x_bsd = self.layout.join(x_bsd, self.layout.axes("h"))
+        wq = use(self.wq_ldhq, dtype)
+        wk, wv = (self._own_heads(use(w, dtype), wq.shape[1]) for w in (self.wk_ldkq, self.wv_ldkq))
+        q_bshq = rotate(jnp.einsum("bsd,dhq->bshq", x_bsd, wq), self.theta, position_bs)
+        k_bskq = rotate(jnp.einsum("bsd,dkq->bskq", x_bsd, wk), self.theta, position_bs)
+        return q_bshq, k_bskq, jnp.einsum("bsd,dkq->bskq", x_bsd, wv)
+
+    def _out(self, y_bshq: jax.Array) -> jax.Array:
+        wo = use(self.wo_lhqd, y_bshq.dtype)
+        return self.layout.part(jnp.einsum("bshq,hqd->bsd", y_bshq, wo), self.layout.axes("h"))
 
     def _own_heads(self, w_dkq: jax.Array, queries: int) -> jax.Array:
         """The key/value heads that this device's `queries` query heads need."""
@@ -55,6 +74,20 @@ def fused_attention(q_bshq, k_bskq, v_bskq, segments_bs):
     if segments_bs is not None:
         mask = (segments_bs[:, :, None] == segments_bs[:, None, :])[:, None]
     return jax.nn.dot_product_attention(q_bshq, k_bskq, v_bskq, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def cached_attention(q_b1hq: jax.Array, cache: KeysValues, slot: jax.Array, first_b: jax.Array) -> jax.Array:
+    """One query of each sequence over the slots from its first to `slot`."""
+    b, _, h, q = q_b1hq.shape
+    kv, slots = cache.k_bktq.shape[1:3]
+    wide = jnp.promote_types(q_b1hq.dtype, jnp.float32)
+    q_bkgq = (q_b1hq * q**-0.5).reshape(b, kv, h // kv, q)
+    scores = jnp.einsum("bkgq,bktq->bkgt", q_bkgq, cache.k_bktq, preferred_element_type=wide)
+    slot_t = jnp.arange(slots)
+    visible = (slot_t >= first_b[:, None]) & (slot_t <= slot)
+    p = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min), axis=-1)
+    y = jnp.einsum("bkgt,bktq->bkgq", p.astype(q_b1hq.dtype), cache.v_bktq, preferred_element_type=wide)
+    return y.reshape(b, 1, h, q).astype(q_b1hq.dtype)
 
 
 def blocked_attention(q_bshq, k_bskq, v_bskq, segments_bs):

@@ -108,6 +108,19 @@ def dropless(
     return _permute(rows, slot_tn.ravel(), choice_pr.ravel()).reshape(tokens, top_n, -1), none
 
 
+def at_home(x_td: jax.Array, ids_tn: jax.Array, experts: Experts, axes: Axes, layer: int) -> jax.Array:
+    """Results [T, N, D] of the choices of this device's experts, zeros for the others: nothing is sent.
+
+    For inference; `experts` has the weights of all layers.
+    """
+    local = experts.w_in_ledf.shape[1]
+    ids_tn = ids_tn - collectives.index(axes) * local
+    mine_tn = (ids_tn >= 0) & (ids_tn < local)
+    order, rank, count_e = (a[0] for a in _sort(jnp.where(mine_tn, ids_tn, local).reshape(1, -1), local + 1))
+    rows = experts.used(_take(x_td, order // ids_tn.shape[1]), count_e[:local], layer)
+    return _take(rows, jnp.where(mine_tn, rank.reshape(ids_tn.shape), order.size))
+
+
 def _sort(ids_gn: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sort each group's choices by expert, keeping their order within one.
 

@@ -51,6 +51,58 @@ class Experts(nnx.Module):
         h = _activate(self.activation, *(lax.ragged_dot(x_rd, w, rows_e) for w in inputs))
         return lax.ragged_dot(h, w_out, rows_e)
 
+    @jax.named_scope("experts")
+    def used(self, x_rd: jax.Array, rows_e: jax.Array, layer: int) -> jax.Array:
+        """As `grouped`, for inference, with the weights of all layers, of which only those are read that are used."""
+        inputs, w_out = self._weights(x_rd.dtype)
+        if self.platform == "cpu":
+            return _by_block(self.activation, x_rd, rows_e, inputs, w_out, layer)
+        if x_rd.shape[0] <= rows_e.size:
+            return _by_row(self.activation, x_rd, rows_e, inputs, w_out, layer)
+        h = _activate(self.activation, *(lax.ragged_dot(x_rd, w[layer], rows_e) for w in inputs))
+        return lax.ragged_dot(h, w_out[layer], rows_e)
+
+
+def _by_row(activation, x_rd, rows_e, inputs, w_out, layer):
+    """Each row with its own expert's weights, gathered."""
+    expert_r = jnp.searchsorted(jnp.cumsum(rows_e), jnp.arange(x_rd.shape[0]), side="right")
+    expert_r = jnp.minimum(expert_r, rows_e.size - 1)
+    h = _activate(activation, *(jnp.einsum("rd,rdf->rf", x_rd, w[layer, expert_r]) for w in inputs))
+    return jnp.einsum("rf,rfd->rd", h, w_out[layer, expert_r])
+
+
+def block_rows(rows: int, experts: int) -> int:
+    """Rows of a block where `rows` rows go to `experts` experts: the power of two from the mean up, 1 to BLOCK.
+
+    `python -m maxsep.bench decode --blocks` measures others.
+    """
+    mean = max(1, min(BLOCK, rows // experts))
+    return 1 << (mean - 1).bit_length()
+
+
+def _by_block(activation, x_rd, rows_e, inputs, w_out, layer):
+    """One block of rows after the other, as many as there are, each with its expert's weights."""
+    size = block_rows(x_rd.shape[0], rows_e.size)
+    starts, blocks_e = jnp.cumsum(rows_e) - rows_e, (rows_e + size - 1) // size
+    last_e = jnp.cumsum(blocks_e)
+    x = jnp.pad(x_rd, ((0, size), (0, 0)))  # the last expert's last block may reach past the end
+
+    def block(number, y):
+        expert = jnp.searchsorted(last_e, number, side="right")
+        at = starts[expert] + (number - (last_e - blocks_e)[expert]) * size
+
+        def of_expert(w):
+            # One slice: of two, XLA would copy all experts of the layer for the first.
+            start = (jnp.asarray(i, expert.dtype) for i in (layer, expert, 0, 0))
+            return lax.dynamic_slice(w, tuple(start), (1, 1, *w.shape[2:]))[0, 0]
+
+        row = lax.dynamic_slice_in_dim(x, at, size)
+        h = _activate(activation, *(row @ of_expert(w) for w in inputs))
+        # It may run into the next expert's rows, which that overwrites in turn.
+        return lax.dynamic_update_slice_in_dim(y, h @ of_expert(w_out), at, axis=0)
+
+    return lax.fori_loop(0, last_e[-1], block, jnp.zeros_like(x))[: x_rd.shape[0]]
+
 
 def _activate(activation: str, *hidden: jax.Array) -> jax.Array:
     if activation == "swiglu":

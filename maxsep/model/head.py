@@ -74,6 +74,16 @@ def _summed_bwd(nll, gradients, g):
 _summed.defvjp(_summed_fwd, _summed_bwd)
 
 
+def log_probabilities(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, ids: int, axes: Axes) -> jax.Array:
+    """Log-probability [T] of each target (nats, float32 or wider), the same on every device along `axes`; 0 for -1.
+
+    The arguments are those of `cross_entropy`. Not to be differentiated.
+    """
+    table = table_vd.astype(x_td.dtype)
+    blocks = (_block(ids, axes, x_td[at], table, targets_t[at])[0] for at in _blocks(x_td, table.shape[0]))
+    return -jnp.concatenate(list(blocks))
+
+
 def _first_id(rows: int, axes: Axes) -> jax.Array | int:
     return collectives.index(axes) * rows
 
@@ -86,7 +96,7 @@ def _blocks(x_td: jax.Array, rows: int) -> list[slice]:
 
 
 def _block(ids, axes, x_td, table_vd, targets_t):
-    """Summed loss of one block of tokens, and its gradient by the logits [T, v]."""
+    """Loss [T] of one block of tokens, and the gradient of its sum by the logits [T, v]."""
     scores = logits(x_td, table_vd, ids, axes)
     top = collectives.largest(jnp.max(scores, axis=-1, keepdims=True), axes)
     exp = jnp.exp(scores - top)
@@ -96,17 +106,17 @@ def _block(ids, axes, x_td, table_vd, targets_t):
     local = targets_t[:, None] - _first_id(rows, axes)
     score = jnp.take_along_axis(scores, jnp.clip(local, 0, rows - 1), axis=-1)
     score = collectives.total(jnp.where((local >= 0) & (local < rows), score, 0), axes)
-    loss = jnp.sum(jnp.where(counted, jnp.log(norm) + top - score, 0))
+    loss_t = jnp.where(counted, jnp.log(norm) + top - score, 0)[:, 0]
     # A target of -1 is no id, so nothing is subtracted from its row of zeros. On another device it might look like one.
     is_target = jnp.where(counted, local, -1) == jnp.arange(rows)
-    return loss, exp * jnp.where(counted, 1 / norm, 0) - is_target
+    return loss_t, exp * jnp.where(counted, 1 / norm, 0) - is_target
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss(ids, axes, x_td, table_vd, targets_t):
     table = table_vd.astype(x_td.dtype)
     parts = (_block(ids, axes, x_td[at], table, targets_t[at])[0] for at in _blocks(x_td, table.shape[0]))
-    return collectives.vary(sum(parts) / collectives.size(axes))
+    return collectives.vary(sum(map(jnp.sum, parts)) / collectives.size(axes))
 
 
 def _loss_fwd(ids, axes, x_td, table_vd, targets_t):
@@ -115,11 +125,11 @@ def _loss_fwd(ids, axes, x_td, table_vd, targets_t):
     loss, dxs, dtable = 0.0, [], jnp.zeros_like(table_vd)
     for at in _blocks(x_td, table.shape[0]):
         x = x_td[at]
-        nll, d = _block(ids, axes, x, table, targets_t[at])
+        nll_t, d = _block(ids, axes, x, table, targets_t[at])
         d = d.astype(x.dtype)
         dxs.append(jnp.einsum("tv,vd->td", d, table))
         dtable += jnp.einsum("tv,td->vd", d, x, preferred_element_type=dtable.dtype)
-        loss += nll
+        loss += jnp.sum(nll_t)
     return collectives.vary(loss / collectives.size(axes)), (jnp.concatenate(dxs), dtable)
 
 

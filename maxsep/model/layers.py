@@ -33,7 +33,8 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, layout: Layout, stack: tuple[int, ...], d_model: int, eps: float, dtype):
         spec = layout.spec("ld" if stack else "d")
-        self.scale = nnx.Param(jnp.ones((*stack, d_model), dtype, out_sharding=spec))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        self.scale = nnx.Param(jnp.ones((*stack, d_model), wide, out_sharding=spec))
         self.eps = eps
 
     def __call__(self, x_bsd: jax.Array) -> jax.Array:
@@ -42,12 +43,16 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(x_bsd.dtype)
 
 
-def rotate(x_bshq: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions (Su et al. 2021), halves of a head paired as in GPT-NeoX, positions 0 to S - 1."""
+def rotate(x_bshq: jax.Array, theta: float, position_bs: jax.Array | None = None) -> jax.Array:
+    """Rotary positions (Su et al. 2021), halves of a head paired as in GPT-NeoX.
+
+    `position_bs` [b, s] are those of the tokens; None: 0 to S - 1.
+    """
     half = x_bshq.shape[-1] // 2
     wide = jnp.promote_types(x_bshq.dtype, jnp.float32)
     frequency = jnp.asarray(theta, wide) ** (-jnp.arange(half, dtype=wide) / half)
-    angle_s1q = jnp.arange(x_bshq.shape[1], dtype=wide)[:, None, None] * frequency
+    position = jnp.arange(x_bshq.shape[1]) if position_bs is None else position_bs
+    angle_s1q = position.astype(wide)[..., None, None] * frequency
     cos, sin = jnp.cos(angle_s1q), jnp.sin(angle_s1q)
     first, second = jnp.split(x_bshq.astype(wide), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_bshq.dtype)

@@ -71,6 +71,26 @@ class MoE(nnx.Module):
         )
         return y_bsd, stats
 
+    def chosen(self, x_bsd: jax.Array, real_bs: jax.Array, layer: int) -> jax.Array:
+        """[b, s, D] -> [b, s, D] for inference: no token is dropped, and `real_bs` says which are none of our padding.
+
+        The experts' weights are those of all layers, of which only the chosen experts' of `layer` are read. Devices
+        that share experts bring their tokens together; each computes what its experts make of them.
+        """
+        layout = self.layout
+        x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
+        with jax.named_scope("router"):
+            choice = self.router.choose(x_td)
+            ids_tn = jnp.where(real_bs.reshape(-1, 1), choice.ids_tn, self.model.experts)  # to no expert
+        axes = layout.axes("e") + layout.axes("f")
+        with jax.named_scope("dispatch"):
+            shape = x_bsd.shape[:2]
+            joined = [layout.join(of_t.reshape(*shape, -1), axes) for of_t in (x_td, ids_tn, choice.weights_tn)]
+            x_td, ids_tn, weights_tn = (of_bs.reshape(-1, of_bs.shape[-1]) for of_bs in joined)
+            y_tnd = dispatch.at_home(x_td, ids_tn, self.experts, layout.axes("e"), layer)
+            y_td = jnp.einsum("tn,tnd->td", weights_tn.astype(y_tnd.dtype), y_tnd)
+            return layout.part(y_td.reshape(*joined[0].shape[:2], -1), axes)
+
 
 def _dropout_mask(key: jax.Array, token_t: jax.Array, shape: tuple[int, ...], rate: float, dtype) -> jax.Array:
     """Inverted dropout [T, N, D]: a function of the key and the token's global number, whatever device holds it."""

@@ -12,11 +12,19 @@ from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 
 
+class Choice(NamedTuple):
+    """Where one device's tokens go."""
+
+    scores_te: jax.Array  # float32 or wider
+    ids_tn: jax.Array  # int32, the chosen experts, best first; equal scores go to the lower id
+    weights_tn: jax.Array  # as the scores, softmax over the chosen ones: they sum to 1
+
+
 class Routing(NamedTuple):
     """What the router decides for one device's tokens."""
 
-    ids_tn: jax.Array  # int32, the chosen experts, best first; equal scores go to the lower id
-    weights_tn: jax.Array  # float32 or wider, softmax over the chosen scores: they sum to 1
+    ids_tn: jax.Array  # as in `Choice`
+    weights_tn: jax.Array
     # float32 or wider; this device's share of the loss, to be summed over devices.
     load_balancing: jax.Array
     router_z: jax.Array
@@ -27,15 +35,20 @@ class Router(nnx.Module):
     """Linear scores in float32 or wider, top-k, softmax over the chosen."""
 
     def __init__(self, rngs: nnx.Rngs, layout: Layout, layers: int, d_model: int, experts: int, top_k: int, dtype):
-        self.w_lde = normal(rngs, layout, "ld-", (layers, d_model, experts), d_model**-0.5, dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        self.w_lde = normal(rngs, layout, "ld-", (layers, d_model, experts), d_model**-0.5, wide)
         self.layout, self.top_k = layout, top_k
 
-    def __call__(self, x_td: jax.Array) -> Routing:
+    def choose(self, x_td: jax.Array) -> Choice:
         w_de = use(self.w_lde)
-        experts = w_de.shape[-1]
         # Reduced precision here would flip choices; the product is small.
         scores_te = jnp.dot(x_td.astype(w_de.dtype), w_de, precision=lax.Precision.HIGHEST)
         top_tn, ids_tn = lax.top_k(scores_te, self.top_k)
+        return Choice(scores_te, ids_tn, jax.nn.softmax(top_tn, axis=-1))
+
+    def __call__(self, x_td: jax.Array) -> Routing:
+        scores_te, ids_tn, weights_tn = self.choose(x_td)
+        experts = scores_te.shape[-1]
         load_e = jnp.sum(ids_tn[..., None] == jnp.arange(experts), axis=(0, 1), dtype=jnp.int32)
         load_e = self.layout.total(load_e, self.layout.token_axes, self.layout.in_stage)
         tokens = x_td.shape[0] * collectives.size(self.layout.token_axes)
@@ -45,6 +58,4 @@ class Router(nnx.Module):
         mean_e = jnp.sum(jax.nn.softmax(scores_te, axis=-1), axis=0) / tokens
         # ST-MoE (Zoph et al. 2022), equation 5.
         z_t = jnp.square(jax.nn.logsumexp(scores_te, axis=-1))
-        return Routing(
-            ids_tn, jax.nn.softmax(top_tn, axis=-1), experts * jnp.dot(share_e, mean_e), jnp.sum(z_t) / tokens, load_e
-        )
+        return Routing(ids_tn, weights_tn, experts * jnp.dot(share_e, mean_e), jnp.sum(z_t) / tokens, load_e)

@@ -19,7 +19,7 @@ from maxsep.model.layers import Embedding, RMSNorm, normal, use
 from maxsep.model.moe import MoE, MoEStats
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
-from maxsep.parallel.pipeline import pipelined
+from maxsep.parallel.pipeline import in_turn, pipelined
 
 
 class Block(nnx.Module):
@@ -49,11 +49,11 @@ class Losses(NamedTuple):
 class Transformer(nnx.Module):
     """Parameters in float32 (float64 for a float64 run), computation in `model.dtype`.
 
-    Only the first `ids` ids have a probability.
+    Only the first `ids` ids have a probability. `dtype`: of the matrices; norms and routers stay float32 or wider.
     """
 
-    def __init__(self, rngs: nnx.Rngs, model: ModelConfig, layout: Layout, ids: int):
-        dtype = jnp.promote_types(model.dtype, jnp.float32)
+    def __init__(self, rngs: nnx.Rngs, model: ModelConfig, layout: Layout, ids: int, dtype=None):
+        dtype = jnp.promote_types(model.dtype, jnp.float32) if dtype is None else dtype
         kernel = attention_kernel(model, layout.platform)
         self.embedding = Embedding(rngs, layout, model.padded_vocab_size, model.d_model, dtype)
         self.blocks = Block(rngs, layout, model, kernel, dtype)
@@ -86,8 +86,7 @@ class Transformer(nnx.Module):
 
         x_absd, stats = pipelined(embedded, layers, count, layout.axes("l"))
         with jax.named_scope("head"):
-            table = self.embedding.table_vd if self.model.tied_embedding else self.head_vd
-            nll = head.summed(self._nll, (self.final_norm, use(table)), x_absd, targets_abs)
+            nll = head.summed(self._nll, (self.final_norm, self.head_table), x_absd, targets_abs)
             return Losses(layout.total(nll, layout.token_axes + axes), stats)
 
     def layers(self, blocks, x_bsd: jax.Array, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text):
@@ -97,10 +96,7 @@ class Transformer(nnx.Module):
         """
         model, layout = self.model, self.layout
         b, s = tokens_bs.shape
-        segments_bs = None
-        if end_of_text is not None:
-            ends = (tokens_bs == end_of_text).astype(jnp.int32)
-            segments_bs = jnp.cumsum(ends, axis=1) - ends  # an end of text belongs to the document it ends
+        segments_bs = documents(tokens_bs, end_of_text)
         local_s = s // layout.ways("s")
         row_b = first_row + collectives.index(layout.axes("b")) * b + jnp.arange(b)
         column_s = collectives.index(layout.axes("s")) * local_s + jnp.arange(local_s)
@@ -125,6 +121,54 @@ class Transformer(nnx.Module):
             layers.append(layer_stats)
         return x_bsd, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
+    def infer(self, blocks: list[Block], x_bsd: jax.Array, real_bs: jax.Array, attend: Callable, kept: list):
+        """All layers for inference: [b, s, D] -> [b, s, D], and what each of this stage's layers keeps.
+
+        Args:
+            blocks: this stage's layers, each with the experts' weights of all of them.
+            x_bsd: embedded tokens.
+            real_bs: which of them are none of our padding.
+            attend: an `Attention`, its input and what was kept -> its output and what is to be kept.
+            kept: of each layer.
+        """
+
+        def layers(x_bsd, kept):
+            new = []
+            for number, (block, before) in enumerate(zip(blocks, kept, strict=True)):
+                with jax.named_scope("attention"):
+                    y_bsd, after = attend(block.attention, block.attention_norm(x_bsd), before)
+                    x_bsd += y_bsd
+                with jax.named_scope("moe"):
+                    x_bsd += block.moe.chosen(block.moe_norm(x_bsd), real_bs, number)
+                new.append(after)
+            return x_bsd, new
+
+        return in_turn(layers, x_bsd, kept, self.layout.axes("l"))
+
+    @property
+    def head_table(self) -> jax.Array:
+        return use(self.embedding.table_vd if self.model.tied_embedding else self.head_vd)
+
+    def logits(self, x_bsd: jax.Array) -> jax.Array:
+        """[b, s, D] -> scores [b, s, V] of the next token, float32 or wider; minus infinity from `ids` on."""
+        layout, axes = self.layout, self.layout.axes("v")
+        with jax.named_scope("head"):
+            x_bsd = layout.join(self.final_norm(x_bsd), axes)
+            table_vd = self.head_table.astype(x_bsd.dtype)
+            scores_tv = head.logits(x_bsd.reshape(-1, x_bsd.shape[-1]), table_vd, self.ids, axes)
+            scores_tv = collectives.gather(scores_tv, axes, 1)
+            return layout.own(scores_tv.reshape(*x_bsd.shape[:2], -1), axes)
+
+    def log_probabilities(self, x_bsd: jax.Array, targets_bs: jax.Array) -> jax.Array:
+        """[b, s, D] and the targets [b, S] of whole sequences -> log-probabilities [b, s]; 0 for targets of -1."""
+        layout, axes = self.layout, self.layout.axes("v")
+        with jax.named_scope("head"):
+            x_bsd = layout.join(self.final_norm(x_bsd), axes)
+            targets_t = layout.join_ids(targets_bs, axes).ravel()
+            x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
+            found_t = head.log_probabilities(x_td, self.head_table, targets_t, self.ids, axes)
+            return layout.own(found_t.reshape(x_bsd.shape[:2]), axes)
+
     def _nll(self, weights, x_bsd: jax.Array, targets_bs: jax.Array) -> jax.Array:
         """This device's share of a micro-batch's cross-entropy, with the final norm and the head's table as given."""
         final_norm, table_vd = weights
@@ -132,6 +176,14 @@ class Transformer(nnx.Module):
         x_bsd = layout.join(final_norm(x_bsd), axes)
         targets_t = layout.join_ids(targets_bs, axes).ravel()
         return head.cross_entropy(x_bsd.reshape(-1, x_bsd.shape[-1]), table_vd, targets_t, self.ids, axes)
+
+
+def documents(tokens_bs: jax.Array, end_of_text: int | None) -> jax.Array | None:
+    """The number of each token's document in its sequence; None where tokens attend across them (no `end_of_text`)."""
+    if end_of_text is None:
+        return None
+    ends = (tokens_bs == end_of_text).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) - ends  # an end of text belongs to the document it ends
 
 
 def rematerialised(block: Callable, model: ModelConfig, layout: Layout) -> Callable:

@@ -166,10 +166,11 @@ class Checkpoints:
         restored = self._read(step, state=_restore_args(nested), data=ocp.args.JsonRestore())
         return _like(abstract_state, restored.state), restored.data
 
-    def restore_params(self, abstract_params, step: int | None = None):
-        """As `restore`, of the state's field `params` alone: nothing else is read."""
+    def restore_params(self, abstract_params, step: int | None = None, cast: bool = False):
+        """As `restore`, of the state's field `params` alone: nothing else is read. `cast`: into other dtypes too."""
         step = self._existing(step)
-        self._check(step, {("params", *path): leaf for path, leaf in _named(abstract_params).items()}, ("params",))
+        wanted = {("params", *path): leaf for path, leaf in _named(abstract_params).items()}
+        self._check(step, wanted, ("params",), cast)
         nested = {"params": _nested(abstract_params)}
         restored = self._read(step, state=_restore_args(nested, partial_restore=True))
         return _like(abstract_params, restored.state["params"])
@@ -182,7 +183,7 @@ class Checkpoints:
             raise ConfigError(f"step: got {step}; {self.directory} has {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
 
-    def _check(self, step: int, wanted: dict, prefix: tuple[str, ...]) -> None:
+    def _check(self, step: int, wanted: dict, prefix: tuple[str, ...], cast: bool = False) -> None:
         """Refuses what Orbax would cast in silence, or complain of in hundreds of lines."""
         try:
             saved = _named(self._manager.item_metadata(step)["state"].tree)
@@ -191,7 +192,8 @@ class Checkpoints:
         saved = {path: leaf for path, leaf in saved.items() if path[: len(prefix)] == prefix}
         for path in sorted(saved.keys() | wanted.keys()):
             have, want = (_described(leaves.get(path)) for leaves in (saved, wanted))
-            if have != want:
+            same = path in saved and path in wanted and saved[path].shape == wanted[path].shape
+            if have != want and not (cast and same):
                 where = f"checkpoint of step {step} in {self.directory}"
                 raise ConfigError(f"{where}: {'.'.join(path)} is {have} there and {want} in this model")
 

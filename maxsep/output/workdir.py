@@ -43,6 +43,18 @@ RESUME_MAY_CHANGE = (
 
 CHECKPOINTS = "checkpoints"  # a step's folder in it appears when the step is saved whole
 
+# What inference takes: where the weights lie, how they are computed with, and how long a text may be.
+INFERENCE_TAKES = (
+    "layout",
+    "mesh.stage",
+    "mesh.attention",
+    "mesh.expert",
+    "data.sequence_length",
+    "data.tokenizer",
+    "model.attention_kernel",
+    "model.dtype",
+)
+
 PACKAGES = ("maxsep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
@@ -60,6 +72,38 @@ def check_start(folder: Path, config: Config, training: bool) -> None:
         check_resume(folder, config)
     if not saved:
         init_checkpoints(config)
+
+
+def check_inference(folder: Path, config: Config, step: str) -> None:
+    """Refuses, before anything slow, a run that cannot be used with `config`, its own but for `INFERENCE_TAKES`.
+
+    Raises:
+        ConfigError: it has no checkpoint, or not that of `step` (a number, or a word), or another tokenizer.
+    """
+    if not has_checkpoint(folder):
+        raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
+    steps = sorted(int(entry.name) for entry in (folder / CHECKPOINTS).iterdir() if entry.name.isdigit())
+    if step.isdecimal() and int(step) not in steps:
+        raise ConfigError(f"--step: got {step}; {folder} has {', '.join(map(str, steps))}; takes one of them")
+    own, given = read_config(folder)[0].data.tokenizer, config.data.tokenizer
+    if own != given and not (own.endswith(".json") and given.endswith(".json")):  # a file may have moved
+        raise ConfigError(f"data.tokenizer: got {given!r}; the run in {folder} has {own!r}, which may not change")
+
+
+def newest() -> Path:
+    """The folder of the run under runs/ that saved a checkpoint last.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    saved = [path.parent for path in paths.named("--workdir", "runs").glob(f"*/{CHECKPOINTS}")]
+    saved = [folder for folder in saved if has_checkpoint(folder)]
+    if not saved:
+        raise ConfigError(
+            "--workdir: none given, and there is no run with a checkpoint under runs/; takes the folder of a run, "
+            "as `python train.py` makes one"
+        )
+    return max(saved, key=lambda folder: (folder / CHECKPOINTS).stat().st_mtime)
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -6,7 +6,7 @@ is a dimension left whole.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,16 @@ class Layout:
         if config.model.n_kv_heads % layout.ways("h") == 0:
             splits["k"] = splits.get("h", ())
         return cls(tuple(sorted(splits.items())), layout.sizes, layout.platform)
+
+    def for_inference(self) -> "Layout":
+        """The same with weights as they are used: to gather them for every token would take longer than all else."""
+        return replace(self, splits=tuple(split for split in self.splits if split[0] != "w"))
+
+    def of_single_tokens(self) -> "Layout":
+        """The same for sequences of one token: what splits the sequence splits the batch further."""
+        splits = dict(self.splits)
+        splits["b"] = splits.get("b", ()) + splits.pop("s", ())
+        return replace(self, splits=tuple(sorted(splits.items())))
 
     def axes(self, letter: str) -> Axes:
         """Mesh axes that split dimension `letter`, those of size 1 included."""
@@ -81,6 +91,14 @@ class Layout:
         own = ids_bs.shape[1] // self.ways("s")
         first = collectives.index(self.axes("s")) * own
         return self.join(lax.dynamic_slice_in_dim(ids_bs, first, own, axis=1), axes)
+
+    def own(self, x_bs: jax.Array, axes: Axes) -> jax.Array:
+        """This device's tokens of those `join`ed over `axes`."""
+        for dim, letter in enumerate("bs"):
+            among = self._among(letter, axes)
+            size = x_bs.shape[dim] // collectives.size(among)
+            x_bs = lax.dynamic_slice_in_dim(x_bs, collectives.index(among) * size, size, axis=dim)
+        return x_bs
 
     def part(self, y_bs: jax.Array, axes: Axes) -> jax.Array:
         """Sum over the devices along `axes` of what they made of `join`ed tokens; each keeps its own tokens."""

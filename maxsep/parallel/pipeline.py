@@ -55,6 +55,29 @@ def pipelined(first: Callable, work: Callable, micro_batches: int, stage_axes: A
         return collectives.vary(collectives.total(out, stage_axes)), figures
 
 
+def in_turn(work: Callable, x: jax.Array, carry, stage_axes: Axes) -> tuple[jax.Array, object]:
+    """One input through all stages: what leaves the last one, on every device, and each stage's own `carry`.
+
+    To be called inside `jax.shard_map`. While one stage works the others wait.
+
+    Args:
+        work: a stage's layers: x and carry -> x and carry of the same shapes. It may communicate within its stage
+            alone.
+        x: the first stage's input.
+        carry: a tree, of this stage.
+        stage_axes: mesh axes along which the stages lie.
+    """
+    stages, stage = collectives.size(stage_axes), collectives.index(stage_axes)
+    if stages == 1:
+        return work(x, carry)
+    x, carry = collectives.vary((x, carry))
+    for turn in range(stages):
+        x, carry = lax.cond(stage == turn, lambda *a: collectives.vary(work(*a)), lambda *a: a, x, carry)
+        if turn < stages - 1:
+            x = collectives.shift(x, stage_axes)
+    return collectives.vary(collectives.total(jnp.where(stage == stages - 1, x, 0), stage_axes)), carry
+
+
 def at_tick(t: jax.Array, stage: jax.Array, micro_batches: int) -> tuple[jax.Array, jax.Array]:
     """The micro-batch that a stage works on, and whether there is one."""
     number = t - stage

@@ -46,7 +46,7 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
 
     devices = jax.devices()
     if devices[0].platform != "cpu" and fit_mesh:
-        config = fitted(config, len(devices))
+        config = fitted(config, len(devices), training)
         print(f"mesh fitted to {describe(devices)}: {config.mesh}", flush=True)
     if config.mesh.devices > len(devices):
         raise ConfigError(f"mesh: got {config.mesh} = {config.mesh.devices} devices; takes at most {describe(devices)}")
@@ -60,7 +60,7 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
     return config
 
 
-def fitted(config: Config, devices: int) -> Config:
+def fitted(config: Config, devices: int, training: bool = True) -> Config:
     """`config` on a mesh that divides what it splits, of as many of the `devices` devices as possible.
 
     The stages stay; the other two axes are as equal as can be.
@@ -75,7 +75,7 @@ def fitted(config: Config, devices: int) -> Config:
                 mesh = MeshConfig(stage, attention, count // attention)
                 candidate = dataclasses.replace(config, mesh=mesh)
                 try:
-                    validate(candidate)
+                    validate(candidate, training)
                 except ConfigError:
                     continue
                 return candidate
@@ -147,7 +147,8 @@ def _check_memory(config: Config, devices: list, training: bool) -> None:
     from maxsep.parallel.mesh import describe
 
     arrays, what = (4, "weights, gradients and moments") if training else (1, "weights")
-    need = config.model.parameters * arrays * (8 if config.model.dtype == "float64" else 4)
+    size = {"float64": 8, "bfloat16": 4 if training else 2}.get(config.model.dtype, 4)
+    need = config.model.parameters * arrays * size
     if devices[0].platform == "cpu":
         have, where = available_memory(), "this machine has left"
     else:

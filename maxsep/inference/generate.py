@@ -1,0 +1,138 @@
+"""Completing prompts: batches through prefill and decoding, tokens handed over as they come, and how long it took."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxsep.inference.program import Program
+from maxsep.inference.sampling import Sampling
+
+TURN_SECONDS = 0.05  # of decoding between two looks at the new tokens, about
+SIZES = 32  # new tokens and slots are made for multiples of it, so that few programs are compiled
+
+
+@dataclass
+class Completion:
+    """What came after one prompt."""
+
+    tokens: list[int] = field(default_factory=list)  # without the end of a text
+    logprobs: list[float] = field(default_factory=list)  # of each, nats, before temperature and the rest
+    ended: bool = False  # by the end of a text
+    first: float = 0.0  # seconds from the batch's start to the first token
+    last: float = 0.0  # to the last
+    count: int = 0  # new tokens, the end of a text included
+
+    @property
+    def tpot_seconds(self) -> float | None:
+        """Mean time of a token after the first; None where there is none."""
+        return (self.last - self.first) / (self.count - 1) if self.count > 1 else None
+
+
+class Generator:
+    """A model with its weights, on the mesh that `jax.set_mesh` has set."""
+
+    def __init__(self, program: Program, weights: dict):
+        self.program, self.weights = program, weights
+        self.compile_seconds = 0.0
+        self._programs: dict[tuple, jax.stages.Compiled] = {}
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        sampling: Sampling,
+        first_number: int = 0,
+        told: Callable[[list[Completion]], None] = lambda completions: None,
+    ) -> list[Completion]:
+        """Completes a batch of prompts, whose numbers go on from `first_number`.
+
+        Args:
+            prompts: ids, at least one each.
+            limits: the most new tokens of each, from 1.
+            sampling: how tokens are chosen.
+            first_number: of the first prompt, for random numbers.
+            told: called with what there is, whenever there are new tokens.
+        """
+        batch = Batch(self.program, prompts, limits, first_number)
+        key = batch.shape, sampling.greedy, sampling.top_k, sampling.nucleus
+        prefill = self._compiled("prefill", key, self._prefill, batch, sampling)
+        begin = time.perf_counter()
+        state = prefill(self.weights, *batch.arrays, sampling)
+        completions = [Completion() for _ in prompts]
+        before, start = 0, 0.0  # tokens known so far, and the seconds that they took
+        while True:
+            busy, made = bool(state.busy), int(state.made)
+            tokens_bn, logprobs_bn = np.asarray(state.tokens_bn)[0], np.asarray(state.logprobs_bn)[0]
+            end = start + time.perf_counter() - begin
+            self._take(completions, tokens_bn, logprobs_bn, limits, before, made, start, end)
+            told(completions)
+            if not busy:
+                return completions
+            # The first token is not kept waiting for this program.
+            decode = self._compiled("decode", key, self._decode, state, sampling)
+            turn = max(1, int(TURN_SECONDS * (made - before) / (end - start))) if before else 1
+            before, start = made, end
+            begin = time.perf_counter()
+            state = decode(self.weights, state, sampling, np.int32(made + turn))
+
+    def _take(self, completions, tokens_bn, logprobs_bn, limits, before, made, start: float, end: float) -> None:
+        """Adds the tokens `before` to `made`, which came evenly from `start` to `end`."""
+        for row, completion in enumerate(completions):
+            for number in range(before, made):
+                if completion.ended or completion.count >= limits[row]:
+                    break
+                token = int(tokens_bn[row, number])
+                completion.count += 1
+                completion.last = start + (end - start) * (number - before + 1) / (made - before)
+                if number == 0:
+                    completion.first = completion.last
+                completion.ended = token == self.program.end_of_text
+                if not completion.ended:
+                    completion.tokens.append(token)
+                    completion.logprobs.append(float(logprobs_bn[row, number]))
+
+    def _compiled(self, name: str, key: tuple, lowered: Callable, *args):
+        if (name, key) not in self._programs:
+            begin = time.perf_counter()
+            self._programs[name, key] = lowered(*args).compile()
+            self.compile_seconds += time.perf_counter() - begin
+        return self._programs[name, key]
+
+    def _prefill(self, batch: "Batch", sampling: Sampling):
+        prefill = jax.jit(self.program.prefill, static_argnums=(6, 7))
+        return prefill.lower(self.weights, *batch.arrays, sampling, batch.slots, batch.most)
+
+    def _decode(self, state, sampling: Sampling):
+        return jax.jit(self.program.decode, donate_argnums=1).lower(self.weights, state, sampling, np.int32(1))
+
+
+class Batch:
+    """Prompts as arrays on the mesh: padded to a length and a number of rows that the layout divides."""
+
+    def __init__(self, program: Program, prompts, limits, first_number: int):
+        count = -(-len(prompts) // program.rows) * program.rows
+        length = padded(max(map(len, prompts)), program.layout.ways("s"))
+        self.most = -(-max(limits) // SIZES) * SIZES
+        self.slots = -(-(length + self.most - 1) // SIZES) * SIZES
+        tokens_bs, length_b = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
+        number_b, limit_b = np.arange(count, dtype=np.int32) + first_number, np.ones(count, np.int32)
+        for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            tokens_bs[row, : len(prompt)], length_b[row], limit_b[row] = prompt, len(prompt), limit
+        axes, mesh = program.layout.axes("b"), jax.sharding.get_mesh()
+        rows, whole = NamedSharding(mesh, P(axes)), NamedSharding(mesh, P(axes, None))
+        self.arrays = (jax.device_put(tokens_bs, whole), *jax.device_put([length_b, number_b, limit_b], rows))
+        self.shape = (count, length, self.slots, self.most)
+
+
+def padded(length: int, parts: int) -> int:
+    """A length of at least `length` that divides by `parts`: few different ones, of which each needs a program."""
+    step = 16
+    while step < min(length, 128):
+        step *= 2
+    size = -(-length // step) * step
+    return -(-size // parts) * parts

@@ -1,0 +1,39 @@
+"""A run's weights on the current mesh: its parameters alone, read straight into their places and dtypes."""
+
+from pathlib import Path
+
+import jax
+from jax.sharding import NamedSharding
+
+from maxsep.config import ConfigError
+from maxsep.inference.program import Program
+from maxsep.output.checkpoint import Checkpoints
+from maxsep.output.workdir import CHECKPOINTS
+
+
+def load(program: Program, folder: Path, step: str) -> tuple[dict, int]:
+    """The weights that `program` takes of the run in `folder`, and the step that they are of.
+
+    Args:
+        program: of the run's config, on any mesh.
+        folder: of the run; nothing in it is changed.
+        step: a number, `latest`, or `best` (of the lowest held-out loss).
+
+    Raises:
+        ConfigError: there is no such checkpoint, it cannot be read, or it is of another model.
+    """
+    mesh = jax.sharding.get_mesh()
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)),
+        program.abstract_params,
+    )
+    with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
+        if step == "latest":
+            number = checkpoints.latest_step()
+        elif step == "best":
+            number = checkpoints.best_step()
+            if number is None:
+                raise ConfigError(f"--step: got best, but no checkpoint in {folder} has been evaluated")
+        else:
+            number = int(step)
+        return program.weights(checkpoints.restore_params(abstract, number, cast=True)), number

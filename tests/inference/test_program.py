@@ -1,0 +1,177 @@
+"""Prefill and decoding give what the dense model gives, token by token, under every layout.
+
+The log-probability of a token holds the scores of all. In float64 they agree to 1e-9 and so the same tokens are drawn;
+float32 is compared along one path, on numbers that leave a gap at every choice of experts.
+"""
+
+import functools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from completions import GREEDY, SAMPLED, completed, parameters, prompts, scored
+from programs import END_OF_TEXT
+from small import MA_IN_STAGES, config, named
+
+GAP = 1e-5
+LIMITS = [12, 1, 9, 12, 5]  # new tokens of each prompt
+LONGEST = 24  # prompt and new tokens
+ONE_DOCUMENT = {"cross_document_attention": False}
+CAPACITY = {"capacity_factor": 1.0, "capacity_group": 4}
+
+MODELS = {
+    "plain": ({}, {}),
+    "shared heads, documents": ({"kv_heads": 2}, ONE_DOCUMENT),
+    "capacity, tied, gelu, k 3": ({"tied_embedding": True, "activation": "gelu", "top_k": 3, **CAPACITY}, {}),
+    "four layers, own heads": ({"layers": 4, "kv_heads": 4, "vocab_size": 256}, ONE_DOCUMENT),
+}
+FAST = [
+    ("ma", (1, 1), "shared heads, documents"),
+    ("ma", (4, 4), "capacity, tied, gelu, k 3"),
+    ("tp_pp", (2, 8, 1), "shared heads, documents"),
+]
+SLOW = [
+    ("ma", (2, 8), "shared heads, documents"),
+    ("ma", (1, 16), "plain"),
+    ("ma", (16, 1), "four layers, own heads"),
+    ("ma_folded", (4, 4), "shared heads, documents"),
+    ("tp", (8, 2), "capacity, tied, gelu, k 3"),
+    ("pp", (4, 1, 4), "four layers, own heads"),
+    ("zero", (2, 2, 4), "capacity, tied, gelu, k 3"),
+    (MA_IN_STAGES, (2, 4, 2), "four layers, own heads"),
+    ("l=stage b=expert h=attention", (2, 2, 4), "shared heads, documents"),
+]
+
+
+def of(layout, mesh, model, **changed):
+    stages = mesh[0] if len(mesh) == 3 and layout != "zero" else 1
+    fields, data = MODELS[model]
+    train = {"batch_size": 16 * stages, "accumulation": stages}
+    return config(mesh, layout, model={"dtype": "float64", **fields, **changed}, data=data, train=train)
+
+
+@functools.cache
+def alone(model, sampling):
+    c = of("ma", (1, 1), model)
+    return completed(c, parameters(c), prompts(c), LIMITS, sampling)
+
+
+def dense(c, params, texts):
+    """Scores [b, s, V] of the token after each of `texts`, log-probabilities, the least gap between experts' scores."""
+    ids = np.zeros((len(texts), LONGEST), int)  # nothing that comes after a token changes what it gets
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = text
+    end = None if c.data.cross_document_attention else END_OF_TEXT
+    model = replace(c.model, capacity_factor=None, capacity_group=None)
+    with jax.enable_x64(True):
+        scores, _, _, gap = jax.jit(lambda params: oracle.model_scores(params, ids, model, end_of_text=end))(params)
+        return np.asarray(scores), np.asarray(jax.nn.log_softmax(scores)), float(gap)
+
+
+def ids_of(completion):
+    return completion.tokens + [END_OF_TEXT] * completion.ended
+
+
+def cases():
+    for case in FAST:
+        yield pytest.param(*case, SAMPLED, id=f"{case[0]} {named(case[1])} sampled")
+    for case in SLOW:
+        yield pytest.param(*case, SAMPLED, marks=pytest.mark.slow, id=f"{case[0]} {named(case[1])} sampled")
+    for case in FAST + SLOW:
+        marks = pytest.mark.slow if case in FAST[1:] else pytest.mark.exhaustive
+        yield pytest.param(*case, GREEDY, marks=marks, id=f"{case[0]} {named(case[1])} greedy")
+
+
+@pytest.mark.parametrize(("layout", "mesh", "model", "sampling"), list(cases()))
+def test_the_dense_model_has_these_probabilities_and_one_device_these_tokens(layout, mesh, model, sampling):
+    c = of(layout, mesh, model)
+    params, given = parameters(c), prompts(c)
+    found = completed(c, params, given, LIMITS, sampling)
+    _, log_p, _ = dense(c, params, [prompt + of.tokens for prompt, of in zip(given, found, strict=True)])
+    for row, (completion, expected) in enumerate(zip(found, alone(model, sampling), strict=True)):
+        prompt, limit = given[row], LIMITS[row]
+        assert ids_of(completion) == ids_of(expected)
+        assert completion.count == len(ids_of(completion)) <= limit
+        assert completion.ended or completion.count == limit
+        for at, (token, logprob) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
+            of_next = log_p[row, len(prompt) - 1 + at]
+            assert logprob == pytest.approx(of_next[token], rel=1e-9, abs=1e-9)
+            if sampling is GREEDY:
+                assert token == of_next.argmax()
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((4, 4), marks=pytest.mark.slow)], ids=named)
+def test_a_prompt_alone_has_the_tokens_that_it_has_in_a_batch(mesh):
+    model = "shared heads, documents"
+    c = of("ma", mesh, model)
+    together, given = alone(model, SAMPLED), prompts(c)
+    for number in (2, 3):
+        (found,) = completed(c, parameters(c), [given[number]], [LIMITS[number]], SAMPLED, first_number=number)
+        assert ids_of(found) == ids_of(together[number])
+        assert found.logprobs == pytest.approx(together[number].logprobs, rel=1e-12)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((4, 4), marks=pytest.mark.slow)], ids=named)
+def test_float32_differs_by_rounding(mesh):
+    c = of("ma", mesh, "plain", dtype="float32")
+    params, given = parameters(c), prompts(c)
+    params = jax.tree.map(lambda x: x.astype(np.float32).astype(np.float64), params)
+    found = completed(c, params, given, LIMITS, GREEDY)
+    scores, log_p, gap = dense(c, params, [prompt + of.tokens for prompt, of in zip(given, found, strict=True)])
+    assert gap > GAP, "other weights are needed: here rounding may choose another expert"
+    largest = np.abs(scores).max()
+    for row, (prompt, completion) in enumerate(zip(given, found, strict=True)):
+        for at, (token, logprob) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
+            place = row, len(prompt) - 1 + at
+            assert abs(logprob - log_p[place][token]) < 1e-5 * largest
+            assert scores[place].max() - scores[place][token] < 1e-5 * largest, "a token that was not among the best"
+
+
+@pytest.mark.parametrize(
+    ("layout", "mesh", "model"),
+    [FAST[1], *(pytest.param(*case, marks=pytest.mark.slow) for case in (FAST[2], SLOW[-1]))],
+)
+def test_scores_are_those_of_the_dense_model(layout, mesh, model):
+    c = of(layout, mesh, model)
+    params, given = parameters(c), prompts(c)
+    _, log_p, _ = dense(c, params, given)
+    for row, (ids, found) in enumerate(zip(given, scored(c, params, given, 3), strict=True)):
+        expected = [log_p[row, at, token] for at, token in enumerate(ids[1:])]
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_a_batch_of_one_reads_the_chosen_experts_alone():
+    """The weights of all experts that no token chose are NaN."""
+    c = of("ma", (1, 1), "plain", layers=1)
+    params, prompt = parameters(c), [5]
+    whole = completed(c, params, [prompt], [2], GREEDY)[0]
+    experts = params["blocks"]["moe"]["experts"]
+
+    def with_nan(chosen):
+        def spoilt(w):
+            w = np.array(w)
+            w[:, [e for e in range(c.model.experts) if e not in chosen]] = np.nan
+            return w
+
+        moe = params["blocks"]["moe"] | {"experts": jax.tree.map(spoilt, experts)}
+        spoilt_params = params | {"blocks": params["blocks"] | {"moe": moe}}
+        return completed(c, spoilt_params, [prompt], [2], GREEDY)[0]
+
+    chosen = chosen_experts(c, params, prompt + whole.tokens[:1])
+    assert len(chosen) < c.model.experts / 2
+    assert with_nan(chosen).logprobs == pytest.approx(whole.logprobs, rel=1e-12)
+    assert not np.isfinite(with_nan(chosen - {min(chosen)}).logprobs).all(), "what is read must matter"
+
+
+def chosen_experts(c, params, ids) -> set[int]:
+    """Of a model of one layer, by the dense model's own functions."""
+    block, model = params["blocks"], c.model
+    with jax.enable_x64(True):
+        x = params["embedding"]["table_vd"][np.asarray(ids)]
+        y = oracle.rms_norm(x, block["attention_norm"]["scale"][0], model.norm_eps)
+        x = x + oracle.attention(y, np.zeros(len(ids), int), block["attention"], 0, model)
+        y = oracle.rms_norm(x, block["moe_norm"]["scale"][0], model.norm_eps)
+        scores = np.asarray(y @ block["moe"]["router"]["w_lde"][0])
+    return set(np.argsort(-scores, axis=1)[:, : model.top_k].ravel().tolist())
