@@ -1,8 +1,14 @@
-"""Measures speed: `bench train` times the training step.
+"""Measures speed: `bench train` times the training step, `bench decode` the time to and between new tokens.
 
-The step is the program that train.py runs, on a batch of random ids that is used again. With --peers other systems
-time the same step, each in its own process, in turns of a few steps, so that whatever else the machine does slows
-all of them. The peak is that of square matrix products on the same devices, measured between the turns.
+The training step is the program that train.py runs, on a batch of random ids that is used again. The peak is that of
+square matrix products on the same devices, measured between the turns.
+
+Decoding is what infer.py runs, greedy, on prompts of random ids, for every context and batch size. The floor is the
+time to read the weights and the cache that a step needs, at the measured speed of memory. With --experts the ways are
+timed in which a layer's experts can take the tokens of each batch size: the program chooses by the number of tokens.
+
+With --peers other systems time the same, each in its own process, in turns, so that whatever else the machine does
+slows all of them.
 """
 
 import json
@@ -12,35 +18,53 @@ from contextlib import ExitStack
 from absl import flags
 
 from maxsep.config import Config, ConfigError, cli, paths
-from maxsep.measure import peers
+from maxsep.measure import peers, plots, report
 from maxsep.measure.timing import measurement, timed
 from maxsep.parallel.start import start
 
-QUIET = 0.1  # cores that other processes may keep busy
 PRODUCTS = 3  # matrix products a turn
+OF_TRAIN = ("steps", "warmup", "turn", "parts")
+OF_DECODE = ("contexts", "batches", "new", "repeats", "experts", "plot")
 
 
 def define(values: flags.FlagValues) -> None:
     def integer(name, default, text):
         flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
 
-    integer("steps", 20, "timed steps")
-    integer("warmup", 3, "steps before the first that is timed")
-    integer("turn", 5, "steps until the next system's turn")
+    def integers(name, default, text):
+        flags.DEFINE_list(name, default, text, flag_values=values)
+
+    integer("steps", 20, "train: timed steps")
+    integer("warmup", 3, "train: steps before the first that is timed")
+    integer("turn", 5, "train: steps until the next system's turn")
+    integers("contexts", "512,1024,2048,4096", "decode: tokens of a prompt")
+    integers("batches", "1,16", "decode: prompts at a time")
+    integer("new", 64, "decode: new tokens of a prompt")
+    integer("repeats", 3, "decode: timed generations")
+    flags.DEFINE_boolean("experts", False, "decode: also time the experts alone", flag_values=values)
+    flags.DEFINE_string("plot", None, "decode: PNG file to write", flag_values=values)
     flags.DEFINE_string("peers", None, "folder that benchmarks/peers/setup.sh made: compare", flag_values=values)
-    flags.DEFINE_boolean("parts", False, "also profile the parts of the step (on a CPU)", flag_values=values)
+    flags.DEFINE_boolean("parts", False, "train: also profile the parts of the step (on a CPU)", flag_values=values)
     flags.DEFINE_string("json", None, "file to write, a JSON object a measurement", flag_values=values)
 
 
 def main(args: cli.Args) -> None:
-    options = args.flags
+    options, training = args.flags, args.command == "train"
+    of_other = OF_DECODE if training else OF_TRAIN
+    for flag in of_other:
+        if options[flag].present:
+            raise ConfigError(f"--{flag}: got beside {args.command}; takes {'decode' if training else 'train'}")
+    contexts, batches = (_positive(flag, options[flag].value) for flag in ("contexts", "batches"))
     names = []
     if options.peers:
         names = peers.installed(options.peers)
         peers.check(args.config)
     if options.json:
         paths.to_write("--json", options.json)
-    config = start(args.config, fit_mesh=False)
+    if options.plot:
+        paths.to_write("--plot", options.plot)
+        plots.check("--plot")
+    config = start(args.config, fit_mesh=False, training=training)
 
     import jax
 
@@ -50,11 +74,33 @@ def main(args: cli.Args) -> None:
         flag = "--peers" if names else "--parts"
         raise ConfigError(f"{flag}: got {jax.default_backend()} devices; takes the CPU's, as with JAX_PLATFORMS=cpu")
     with jax.set_mesh(make_mesh(config)):
-        results = train(config, names, options)
-    print(report(results), flush=True)
+        if training:
+            results = train(config, names, options)
+            print(report.train(results), flush=True)
+        else:
+            from maxsep.inference import speed
+
+            shape = {name: size for name, size in facts(config)["shape"].items() if name not in ("sequence", "batch")}
+            how = options.new, options.repeats, names, options.peers, say
+            results = list(speed.sweep(config, shape, contexts, batches, *how))
+            print(report.decode(results), flush=True)
+    if options.experts:
+        say("maxsep: the experts alone")
+        of_experts = list(speed.forms(config.model, jax.default_backend(), batches))
+        print(report.experts(of_experts), flush=True)
+        results += of_experts
+    if options.plot:
+        drawn = [result for result in results if "tpot_seconds" in result]
+        plots.decoding(drawn, paths.to_write("--plot", options.plot))
     if options.json:
         lines = "".join(f"{json.dumps(result)}\n" for result in results)
         paths.to_write("--json", options.json).write_text(lines, encoding="utf-8")
+
+
+def _positive(flag: str, values: list[str]) -> list[int]:
+    if not values or not all(value.isdecimal() and 0 < int(value) < 2**31 for value in values):
+        raise ConfigError(f"--{flag}: got {','.join(values)}; takes integers from 1 up, as 512,1024")
+    return [int(value) for value in values]
 
 
 def train(config: Config, names: list[str], options) -> list[dict]:
@@ -151,61 +197,9 @@ def facts(config: Config) -> dict:
     }
 
 
-def report(results: list[dict]) -> str:
-    """The figures as a table."""
-    ours = results[0]
-    lines = [f"\npeak: {ours['peak_flops'] / 1e9:,.0f} GFLOP/s in matrix products on these devices\n"]
-    rows = [("system", "devices", "median s", "p10-p90", "fastest", "tokens/s", "of peak", "x maxsep", "other cores")]
-    for result in results:
-        if "error" in result:
-            rows.append((result["system"], result["error"]))
-            continue
-        mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items() if size > 1)
-        others = result["other_cpu"]
-        rows.append(
-            (
-                result["system"],
-                f"{result['devices']}" + (f" ({mesh})" if mesh else ""),
-                f"{result['median_seconds']:.4f}",
-                f"{result['p10_seconds']:.4f}-{result['p90_seconds']:.4f}",
-                f"{result['min_seconds']:.4f}",
-                f"{result['tokens_per_second']:,.0f}",
-                f"{result['peak_share']:.1%}",
-                f"{result['median_seconds'] / ours['median_seconds']:.2f}",
-                "?" if others is None else f"{others:.2f}",
-            )
-        )
-    lines += columns(rows)
-    if ours.get("memory"):
-        lines += [
-            "",
-            "MB a device, by the compiler: " + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in ours["memory"].items()),
-        ]
-    if any((result.get("other_cpu") or 0) > QUIET for result in results):
-        lines += ["", f"warning: other processes kept more than {QUIET} cores busy; these figures say little"]
-    if "parts" in ours:
-        shares = [(part, f"{share:.1%}") for part, share in ours["parts"].items()]
-        lines += ["", *columns([("part of the step", "share"), *shares])]
-        if "communication" in ours["parts"]:
-            lines += ["communication includes waiting for other devices"]
-    return "\n".join(lines)
-
-
-def columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Aligned lines, the first column to the left; a row shorter than the first is not aligned past its first cell."""
-    whole = [row for row in rows if len(row) == len(rows[0])]
-    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        aligned = len(cells) + 1 == len(rows[0])
-        cells = [f"{cell:>{width}}" if aligned else cell for cell, width in zip(cells, widths[1:], strict=False)]
-        lines.append("  ".join([f"{name:<{widths[0]}}", *cells]))
-    return lines
-
-
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, define, __doc__, default_config="configs/bench.py", commands=("train",)))
+    sys.exit(cli.run(main, define, __doc__, default_config="configs/bench.py", commands=("train", "decode")))

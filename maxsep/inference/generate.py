@@ -1,8 +1,9 @@
 """Completing prompts: batches through prefill and decoding, tokens handed over as they come, and how long it took."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +34,17 @@ class Completion:
         return (self.last - self.first) / (self.count - 1) if self.count > 1 else None
 
 
+class Turn(NamedTuple):
+    """Some tokens of a batch: those from `before` to `made`, which came from `start` to `end`."""
+
+    before: int
+    made: int
+    start: float  # seconds from the batch's start
+    end: float
+    tokens_bn: np.ndarray  # all until now
+    logprobs_bn: np.ndarray
+
+
 class Generator:
     """A model with its weights, on the mesh that `jax.set_mesh` has set."""
 
@@ -58,43 +70,52 @@ class Generator:
             first_number: of the first prompt, for random numbers.
             told: called with what there is, whenever there are new tokens.
         """
-        batch = Batch(self.program, prompts, limits, first_number)
+        completions = [Completion() for _ in prompts]
+        for turn in self.turns(Batch(self.program, prompts, limits, first_number), sampling):
+            for row, completion in enumerate(completions):
+                self._take(completion, turn, row, limits[row])
+            told(completions)
+        return completions
+
+    def turns(self, batch: "Batch", sampling: Sampling, most: int | None = None) -> Iterator["Turn"]:
+        """The new tokens of a batch as they come: the first of each sequence, then some more at a time.
+
+        `most` are the tokens of a turn; None: as many as take `TURN_SECONDS`.
+        """
         key = batch.shape, sampling.greedy, sampling.top_k, sampling.nucleus
         prefill = self._compiled("prefill", key, self._prefill, batch, sampling)
         begin = time.perf_counter()
         state = prefill(self.weights, *batch.arrays, sampling)
-        completions = [Completion() for _ in prompts]
-        before, start = 0, 0.0  # tokens known so far, and the seconds that they took
+        before, start = 0, 0.0  # tokens until now, and the seconds that they took
         while True:
             busy, made = bool(state.busy), int(state.made)
             tokens_bn, logprobs_bn = np.asarray(state.tokens_bn)[0], np.asarray(state.logprobs_bn)[0]
             end = start + time.perf_counter() - begin
-            self._take(completions, tokens_bn, logprobs_bn, limits, before, made, start, end)
-            told(completions)
+            yield Turn(before, made, start, end, tokens_bn, logprobs_bn)
             if not busy:
-                return completions
+                return
             # The first token is not kept waiting for this program.
             decode = self._compiled("decode", key, self._decode, state, sampling)
-            turn = max(1, int(TURN_SECONDS * (made - before) / (end - start))) if before else 1
+            pace = 1 if before == 0 else max(1, int(TURN_SECONDS * (made - before) / (end - start)))
             before, start = made, end
             begin = time.perf_counter()
-            state = decode(self.weights, state, sampling, np.int32(made + turn))
+            state = decode(self.weights, state, sampling, np.int32(made + (most or pace)))
 
-    def _take(self, completions, tokens_bn, logprobs_bn, limits, before, made, start: float, end: float) -> None:
-        """Adds the tokens `before` to `made`, which came evenly from `start` to `end`."""
-        for row, completion in enumerate(completions):
-            for number in range(before, made):
-                if completion.ended or completion.count >= limits[row]:
-                    break
-                token = int(tokens_bn[row, number])
-                completion.count += 1
-                completion.last = start + (end - start) * (number - before + 1) / (made - before)
-                if number == 0:
-                    completion.first = completion.last
-                completion.ended = token == self.program.end_of_text
-                if not completion.ended:
-                    completion.tokens.append(token)
-                    completion.logprobs.append(float(logprobs_bn[row, number]))
+    def _take(self, completion: Completion, turn: "Turn", row: int, limit: int) -> None:
+        """Adds a turn's tokens, which came evenly between its start and its end."""
+        for number in range(turn.before, turn.made):
+            if completion.ended or completion.count >= limit:
+                return
+            token = int(turn.tokens_bn[row, number])
+            completion.count += 1
+            share = (number - turn.before + 1) / (turn.made - turn.before)
+            completion.last = turn.start + (turn.end - turn.start) * share
+            if number == 0:
+                completion.first = completion.last
+            completion.ended = token == self.program.end_of_text
+            if not completion.ended:
+                completion.tokens.append(token)
+                completion.logprobs.append(float(turn.logprobs_bn[row, number]))
 
     def _compiled(self, name: str, key: tuple, lowered: Callable, *args):
         if (name, key) not in self._programs:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from maxsep.inference.load import load
 from maxsep.inference.program import Program
 from maxsep.inference.sampling import Sampling
 from maxsep.inference.texts import Prompt
-from maxsep.measure.timing import quantile
+from maxsep.measure.timing import spread
 from maxsep.output.console import say, table
 from maxsep.output.durable import write_text
 from maxsep.parallel.mesh import describe, make_mesh
@@ -144,9 +143,7 @@ def continuation(tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str
 def _spread(seconds: list[float]) -> str:
     if not seconds:
         return "none"
-    ordered = sorted(seconds)
-    figures = {"mean": statistics.fmean(ordered), "p50": quantile(ordered, 0.5), "p99": quantile(ordered, 0.99)}
-    return ", ".join(f"{name} {figure * 1e3:,.2f} ms" for name, figure in figures.items())
+    return ", ".join(f"{name} {figure * 1e3:,.2f} ms" for name, figure in spread(seconds).items() if name != "min")
 
 
 def _shown(folder: Path) -> str:

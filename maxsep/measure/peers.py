@@ -61,20 +61,34 @@ class Peer:
         config: what to time; MaxText's tensor axis takes the place of `mesh.attention`.
         shape: the flags of the shape, by name.
         warmup: steps before the first that is timed.
+        task: train or decode, the script's.
+        variant: of several ways in which the peer does it.
 
     Raises:
         PeerError: it cannot run this.
     """
 
-    def __init__(self, name: str, folder: str, config: Config, shape: dict[str, int], warmup: int):
+    def __init__(
+        self,
+        name: str,
+        folder: str,
+        config: Config,
+        shape: dict[str, int],
+        warmup: int,
+        task: str = "train",
+        variant: str | None = None,
+    ):
         flags = {letters.replace("_", "-"): size for letters, size in shape.items()}
         flags |= {"dtype": config.model.dtype, "warmup": warmup}
         if name == "maxtext":
             flags |= {"expert": config.mesh.expert, "tensor": config.mesh.attention}
-            flags["capacity-factor"] = config.model.capacity_factor or 0
-        command = [str(_python(folder, name)), str(SCRIPTS / f"{name}_train.py"), "--serve"]
+            if task == "train":
+                flags["capacity-factor"] = config.model.capacity_factor or 0
+        if variant is not None:
+            flags["variant"] = variant
+        command = [str(_python(folder, name)), str(SCRIPTS / f"{name}_{task}.py"), "--serve"]
         command += [f"--{flag}={value}" for flag, value in flags.items()]
-        self.name = name
+        self.name = name if variant is None else f"{name} {variant}"
         self._folder = tempfile.TemporaryDirectory()  # whatever the peer leaves goes with it
         self._log = Path(self._folder.name, "log")
         with self._log.open("w") as log:

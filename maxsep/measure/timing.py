@@ -71,6 +71,39 @@ def measurement(facts: dict, turns: Iterable[dict]) -> dict:
     }
 
 
+def decoding(facts: dict, turns: Iterable[dict]) -> dict:
+    """The JSON object of a measurement of decoding: `facts`, and the tokens of all `turns` together.
+
+    A turn has `prefill`, seconds to the first token of each generation, `seconds` of each token after, and `other_cpu`.
+    """
+    turns, shape = list(turns), facts["shape"]
+    prefill, seconds = (sorted(s for turn in turns for s in turn[name]) for name in ("prefill", "seconds"))
+    others = [turn["other_cpu"] for turn in turns]
+    # All tokens of a generation, its prompt's time included.
+    whole = sum(prefill) + sum(seconds)
+    speed = shape["batch"] * shape["new"] * len(prefill) / whole
+    return facts | {
+        "ttft_seconds": spread(prefill),
+        "tpot_seconds": spread(seconds),
+        "generations": len(prefill),
+        "tokens_per_second": speed,
+        "tokens_per_second_per_device": speed / facts["devices"],
+        "decode_tokens_per_second": shape["batch"] / statistics.median(seconds),
+        "other_cpu": None if None in others else round(statistics.fmean(others), 3),
+    }
+
+
+def spread(seconds: Iterable[float]) -> dict[str, float]:
+    """Mean, p50, p99 and least."""
+    ordered = sorted(seconds)
+    return {
+        "mean": statistics.fmean(ordered),
+        "p50": quantile(ordered, 0.5),
+        "p99": quantile(ordered, 0.99),
+        "min": ordered[0],
+    }
+
+
 def quantile(ordered: list[float], share: float) -> float:
     """The value below which `share` of the sorted values lie, between neighbours linear."""
     place = share * (len(ordered) - 1)

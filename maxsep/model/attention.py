@@ -42,8 +42,10 @@ class Attention(nnx.Module):
         """One token of each sequence, [b, 1, D] -> [b, 1, D], and the cache with its keys and values in `slot`."""
         position_b1 = (slot - window.pad_b)[:, None]
         q_b1hq, k_b1kq, v_b1kq = self._heads(x_b1d, position_b1)
-        cache = cache.put(slot, k_b1kq, v_b1kq)
-        return self._out(cached_attention(q_b1hq, cache, slot, window.first_b)), cache
+        y_b1hq = cached_attention(q_b1hq, k_b1kq, v_b1kq, cache, slot, window.first_b)
+        # Written after it was read, in place; in no order XLA would copy the whole cache.
+        y_b1hq, k_b1kq, v_b1kq = lax.optimization_barrier((y_b1hq, k_b1kq, v_b1kq))
+        return self._out(y_b1hq), cache.put(slot, k_b1kq, v_b1kq)
 
     def _heads(self, x_bsd: jax.Array, position_bs: jax.Array | None = None):
         """Queries, keys and values of this device's heads, of whole sequences."""
@@ -76,17 +78,24 @@ def fused_attention(q_bshq, k_bskq, v_bskq, segments_bs):
     return jax.nn.dot_product_attention(q_bshq, k_bskq, v_bskq, mask=mask, is_causal=True, implementation="cudnn")
 
 
-def cached_attention(q_b1hq: jax.Array, cache: KeysValues, slot: jax.Array, first_b: jax.Array) -> jax.Array:
-    """One query of each sequence over the slots from its first to `slot`."""
+def cached_attention(q_b1hq, k_b1kq, v_b1kq, cache: KeysValues, slot: jax.Array, first_b: jax.Array) -> jax.Array:
+    """One token of each sequence attends to itself and to the slots from its sequence's first to that before `slot`.
+
+    Its own key and value come beside the cache: were it read after they are put there, XLA would write all of it anew.
+    """
     b, _, h, q = q_b1hq.shape
     kv, slots = cache.k_bktq.shape[1:3]
     wide = jnp.promote_types(q_b1hq.dtype, jnp.float32)
     q_bkgq = (q_b1hq * q**-0.5).reshape(b, kv, h // kv, q)
     scores = jnp.einsum("bkgq,bktq->bkgt", q_bkgq, cache.k_bktq, preferred_element_type=wide)
     slot_t = jnp.arange(slots)
-    visible = (slot_t >= first_b[:, None]) & (slot_t <= slot)
-    p = jax.nn.softmax(jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min), axis=-1)
+    visible = (slot_t >= first_b[:, None]) & (slot_t < slot)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
+    own = jnp.einsum("bkgq,bkq->bkg", q_bkgq, k_b1kq[:, 0], preferred_element_type=wide)[..., None]
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
+    p, p_own = jnp.exp(scores - top), jnp.exp(own - top)
     y = jnp.einsum("bkgt,bktq->bkgq", p.astype(q_b1hq.dtype), cache.v_bktq, preferred_element_type=wide)
+    y = (y + p_own * v_b1kq.swapaxes(1, 2)) / (jnp.sum(p, axis=-1, keepdims=True) + p_own)
     return y.reshape(b, 1, h, q).astype(q_b1hq.dtype)
 
 

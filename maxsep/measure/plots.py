@@ -1,0 +1,51 @@
+"""Figures, as PNG files. matplotlib comes with the extra `viz`."""
+
+from pathlib import Path
+
+from maxsep.config import ConfigError
+
+
+def check(flag: str) -> None:
+    """Refuses a figure that could not be drawn later.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"{flag}: needs matplotlib; pip install -e '.[viz]'") from None
+
+
+def decoding(results: list[dict], path: Path) -> None:
+    """Time of a token over the context, a line for each system and batch size, and the floors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    batches = sorted({result["shape"]["batch"] for result in results})
+    lines: dict[tuple, list] = {}
+    for result in results:
+        batch, context = result["shape"]["batch"], result["shape"]["context"]
+        lines.setdefault((result["system"], batch), []).append((context, result["tpot_seconds"]["p50"]))
+        if result["system"] == "maxsep":
+            lines.setdefault(("floor", batch), []).append((context, result["floor_seconds"]))
+    for (system, batch), points in lines.items():
+        x, y = zip(*sorted(points), strict=True)
+        style = {"linestyle": ":", "alpha": 0.6} if system == "floor" else {"marker": "o"}
+        color = f"C{batches.index(batch)}" if system in ("maxsep", "floor") else None
+        axes.plot(x, [seconds * 1e3 for seconds in y], label=f"{system}, batch {batch}", color=color, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    contexts = sorted({result["shape"]["context"] for result in results})
+    axes.set_xticks(contexts, [str(context) for context in contexts])
+    ours = next(result for result in results if result["system"] == "maxsep")
+    mesh = " x ".join(f"{axis} {size}" for axis, size in ours["mesh"].items())
+    axes.set_title(f"{ours['layout']}: {mesh}")
+    axes.set_xlabel("context, tokens")
+    axes.set_ylabel("time of a token (TPOT), ms")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
