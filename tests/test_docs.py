@@ -21,14 +21,16 @@ from maxsep.output.workdir import RESUME_MAY_CHANGE
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train.py is a script beside the package
 
+import infer  # noqa: E402
 import train  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference.md"
 PAGES = [p for pattern in ("*.md", "docs/*.md", "configs/*.py") for p in sorted(ROOT.glob(pattern))]
 TOOLS = {
     "train.py": {"define": train.define, "default_config": "configs/tiny.py"},
+    "infer.py": {"define": infer.define, "default_config": "configs/tiny.py"},  # whose run need not be there
     "maxsep.prepare": {"define": prepare.define, "default_config": "configs/tiny.py"},
-    "maxsep.bench": {"define": bench.define, "default_config": "configs/bench.py", "commands": ("train",)},
+    "maxsep.bench": {"define": bench.define, "default_config": "configs/bench.py", "commands": ("train", "decode")},
 }
 TYPES = {int: "integer", float: "number", bool: "True, False", str: "text"}
 
@@ -88,7 +90,7 @@ def test_the_exit_statuses_are_the_codes():
 def commands(text: str) -> list[list[str]]:
     """The commands of ours that stand in a block, comments left out."""
     lines = re.findall(
-        r"^(?:    )?(?:[\w$ .<-]*&& )?(python (?:train\.py|-m maxsep\.\w+)(?: .*)?)$", text, re.MULTILINE
+        r"^(?:    )?(?:[\w$ .<-]*&& )?(python (?:train\.py|infer\.py|-m maxsep\.\w+)(?: .*)?)$", text, re.MULTILINE
     )
     return [shlex.split(line.partition("#")[0])[1:] for line in lines]
 

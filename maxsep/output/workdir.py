@@ -43,6 +43,15 @@ RESUME_MAY_CHANGE = (
 
 CHECKPOINTS = "checkpoints"  # a step's folder in it appears when the step is saved whole
 
+# An evaluation may also be without drops, and in batches that fit the mesh.
+EVALUATION_MAY_CHANGE = (
+    *RESUME_MAY_CHANGE,
+    "train.batch_size",
+    "train.accumulation",
+    "model.capacity_factor",
+    "model.capacity_group",
+)
+
 # What inference takes: where the weights lie, how they are computed with, and how long a text may be.
 INFERENCE_TAKES = (
     "layout",
@@ -69,7 +78,7 @@ def check_start(folder: Path, config: Config, training: bool) -> None:
     if not training and not saved:
         raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
     if saved or (folder / "config.json").exists():
-        check_resume(folder, config)
+        check_resume(folder, config, may_change=RESUME_MAY_CHANGE if training else EVALUATION_MAY_CHANGE)
     if not saved:
         init_checkpoints(config)
 
@@ -136,23 +145,29 @@ def resolve(config: Config, stored: Config | None = None) -> Config:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decay_steps=steps))
 
 
-def check_resume(workdir: Path, config: Config, corpus_fingerprint: str | None = None) -> Config:
+def check_resume(
+    workdir: Path,
+    config: Config,
+    corpus_fingerprint: str | None = None,
+    may_change: tuple[str, ...] = RESUME_MAY_CHANGE,
+) -> Config:
     """`config` resolved, if the run in `workdir` may go on with it.
 
     Args:
         workdir: folder of a run that has a `config.json`.
         config: what is asked for.
         corpus_fingerprint: that of the corpus that `config` names; None: not known yet, and not compared.
+        may_change: the fields that may differ.
 
     Raises:
         ConfigError: a field differs that may not, or the corpus does, or `config.json` cannot be read.
     """
     stored, record = read_config(workdir)
     config = resolve(config, stored)
-    sections = tuple(name for name in RESUME_MAY_CHANGE if name.endswith("."))
+    sections = tuple(name for name in may_change if name.endswith("."))
     for field in fields():
         old, new = attrgetter(field.path)(stored), attrgetter(field.path)(config)
-        if old != new and field.path not in RESUME_MAY_CHANGE and not field.path.startswith(sections):
+        if old != new and field.path not in may_change and not field.path.startswith(sections):
             raise ConfigError(f"{field.path}: got {new!r}; the run in {workdir} has {old!r}, which may not change")
     if corpus_fingerprint not in (None, record["corpus"]):
         why = " (it follows the installed packages' versions)" if config.data.source == "docstrings" else ""

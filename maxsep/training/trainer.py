@@ -89,9 +89,9 @@ def _logged(folder: Path, step: int) -> set[str]:
 
 def evaluate(config: Config, folder: Path) -> None:
     """Prints the held-out loss of the run's latest checkpoint; changes nothing."""
-    config = workdir.check_resume(folder, config)
+    config = workdir.check_resume(folder, config, may_change=workdir.EVALUATION_MAY_CHANGE)
     corpus = preparation.ensure(config, console.say)
-    workdir.check_resume(folder, config, corpus.fingerprint)
+    workdir.check_resume(folder, config, corpus.fingerprint, workdir.EVALUATION_MAY_CHANGE)
     with jax.set_mesh(make_mesh(config)), Checkpoints(folder / workdir.CHECKPOINTS, read_only=True) as checkpoints:
         run, step = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size), checkpoints.latest_step()
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
