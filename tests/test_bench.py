@@ -1,6 +1,7 @@
 """The bench: its measurement, table and JSON, on a step of milliseconds. What it measures is not asserted."""
 
 import json
+import sys
 
 import pytest
 
@@ -18,13 +19,16 @@ SIZES = {
     "model.d_ff": 32,
     "model.vocab_size": 384,
 }
-SMALL = ["--warmup=1", *(f"--config.{field}={size}" for field, size in SIZES.items())]
+SMALL = [*(f"--config.{field}={size}" for field, size in SIZES.items())]
 
 
 def run(*arguments):
-    return cli.run(
-        bench.main, bench.define, bench.__doc__, "configs/bench.py", ("train",), ["bench", "train", *SMALL, *arguments]
-    )
+    return of("train", "--warmup=1", *arguments)
+
+
+def of(command, *arguments):
+    argv = ["bench", command, *SMALL, *arguments]
+    return cli.run(bench.main, bench.define, bench.__doc__, "configs/bench.py", ("train", "decode"), argv)
 
 
 def test_train(tmp_path, capsys):
@@ -64,6 +68,51 @@ def test_a_peer_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
     assert ours["steps"] == 1
     assert theirs == {"system": "maxtext", "error": "maxtext: ended with status 1 and said: no such device"}
     assert "no such device" in capsys.readouterr().out
+
+
+def test_decode(tmp_path, capsys):
+    path, mesh = tmp_path / "figures.jsonl", ("--config.mesh.attention=2", "--config.mesh.expert=2")
+    sizes = ("--contexts=5,20", "--batches=3", "--new=10", "--repeats=2")
+    assert of("decode", *sizes, "--experts", f"--json={path}", *mesh) == cli.DONE
+    *decoded, experts = map(json.loads, path.read_text().splitlines())
+    assert [result["shape"]["context"] for result in decoded] == [5, 20]
+    for result in decoded:
+        assert (result["system"], result["task"], result["devices"], result["layout"]) == ("maxsep", "decode", 4, "ma")
+        assert (result["shape"]["batch"], result["shape"]["new"], result["generations"]) == (3, 10, 2)
+        tpot = result["tpot_seconds"]
+        assert 0 < tpot["min"] <= tpot["p50"] <= tpot["p99"]
+        assert result["ttft_seconds"]["min"] > 0
+        assert result["tokens_per_second_per_device"] == pytest.approx(result["tokens_per_second"] / 4)
+        assert result["floor_share"] == pytest.approx(result["floor_seconds"] / tpot["p50"])
+    assert experts["rows"] == 6 and experts["chosen"] in experts["seconds"]
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith("maxsep ")]
+    assert [row[:3] for row in rows] == [["maxsep", "3", "5"], ["maxsep", "3", "20"]]
+    assert f"{decoded[0]['tpot_seconds']['p50'] * 1e3:.2f}" in rows[0]
+    assert "batch 3" in out and "*: chosen" in out
+
+
+def test_a_figure_without_matplotlib_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert of("decode", f"--plot={tmp_path}/a.png") == cli.USER_ERROR
+    assert capsys.readouterr() == ("", "error: --plot: needs matplotlib; pip install -e '.[viz]'\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "error"),
+    [
+        ("decode", "--steps=3", "--steps: got beside decode; takes train"),
+        ("train", "--batches=1", "--batches: got beside train; takes decode"),
+        ("decode", "--contexts=512,0", "--contexts: got 512,0; takes integers from 1 up"),
+        ("decode", "--batches=", "--batches: got"),
+        ("decode", "--plot=/nowhere/a.png", "--plot: got '/nowhere/a.png'"),
+    ],
+)
+def test_mistakes_of_decode(command, argument, error, capsys):
+    assert of(command, argument) == cli.USER_ERROR
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert error in err
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def decoding(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     batches = sorted({result["shape"]["batch"] for result in results})
     lines: dict[tuple, list] = {}
     for result in results:
@@ -46,6 +46,6 @@ def decoding(results: list[dict], path: Path) -> None:
     axes.set_title(f"{ours['layout']}: {mesh}")
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("time of a token (TPOT), ms")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)

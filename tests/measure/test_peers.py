@@ -59,6 +59,32 @@ def test_a_peer_gets_the_shape_and_takes_turns(folder):
             peer.turn(1)  # the stand-in has five steps
 
 
+DECODE_SCRIPT = """
+import sys
+sys.argv.pop(1)
+sys.path.insert(0, {scripts!r})
+import common
+parser = common.flags("", common.DECODE)
+parser.add_argument("--variant")
+args = parser.parse_args()
+calls = []
+facts = {{"system": "fake", "devices": 1, "given": vars(args), "calls": calls}}
+common.run_decode(args, common.claim_stdout(), facts, lambda: calls.append("prefill"), lambda: calls.append("step"))
+"""
+
+
+def test_a_peer_decodes_in_turns(tmp_path):
+    folder = fake(tmp_path, "transformers", DECODE_SCRIPT.format(scripts=str(peers.SCRIPTS)))
+    size = {"batch": 2, "context": 8, "new": 5}
+    with peers.Peer("transformers", folder, BENCH, size, 1, "decode", "eager") as peer:
+        assert peer.name == "transformers eager"
+        assert (peer.facts["task"], peer.facts["given"]["variant"]) == ("decode", "eager")
+        assert peer.facts["shape"]["context"] == 8
+        assert peer.facts["calls"] == ["prefill"] + ["step"] * 4, "the warm-up"
+        turn = peer.turn(2)
+        assert (len(turn["prefill"]), len(turn["seconds"])) == (2, 8)
+
+
 def test_a_peer_that_cannot_start_says_why(tmp_path):
     folder = fake(tmp_path, "transformers", "import sys; print('out of luck', file=sys.stderr); sys.exit(3)")
     with pytest.raises(peers.PeerError, match="transformers: ended with status 3 and said: out of luck"):

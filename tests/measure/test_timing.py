@@ -17,6 +17,21 @@ def test_a_turn_times_every_step():
     assert min(turn["seconds"]) >= 0.01
 
 
+def test_decoding_counts_the_tokens_of_all_prompts():
+    facts = {"shape": {"batch": 4, "new": 3}, "devices": 2}
+    turns = [
+        {"prefill": [0.5], "seconds": [0.2, 0.1], "other_cpu": 0.0},
+        {"prefill": [0.7], "seconds": [0.3, 0.2], "other_cpu": 0.2},
+    ]
+    found = timing.decoding(facts, turns)
+    assert found["tpot_seconds"]["mean"] == found["tpot_seconds"]["p50"] == pytest.approx(0.2)
+    assert found["ttft_seconds"]["min"] == 0.5
+    assert found["tokens_per_second"] == pytest.approx(4 * 3 * 2 / 2.0)
+    assert found["tokens_per_second_per_device"] == pytest.approx(6.0)
+    assert found["decode_tokens_per_second"] == pytest.approx(20.0)
+    assert (found["generations"], found["other_cpu"]) == (2, 0.1)
+
+
 def test_own_work_is_not_other_work(monkeypatch):
     clock, busy, own = iter([5.0, 7.0]), iter([10.0, 14.0]), iter([1.0, 4.0])
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))

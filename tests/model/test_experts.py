@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from small import config
 
 from maxsep.config.layouts import AXES
-from maxsep.model.experts import BLOCK, Experts
+from maxsep.model.experts import BLOCK, Experts, form, forms, product
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.mesh import make_mesh
@@ -82,3 +82,36 @@ def test_padded_is_a_loop_over_experts(activation):
     for e in range(3):
         for row in range(7):
             np.testing.assert_allclose(y[e, row], oracle.expert_forward(x[e, row], w, e, activation)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("form", [*forms("cpu"), *forms("gpu")])
+@pytest.mark.parametrize("counts", [[1, 0, 0, 1], [3, 9, 0, 20], [0, 0, 0, 0]], ids=str)
+def test_every_form_for_inference_is_a_loop_over_experts(counts, form):
+    """Also that each finds its layer, and that blocks read no expert without rows."""
+    rng, rows = np.random.default_rng(0), sum(counts) + 3
+    w = {
+        "in": rng.normal(size=(2, 4, 6, 5)),
+        "gate": rng.normal(size=(2, 4, 6, 5)),
+        "out": rng.normal(size=(2, 4, 5, 6)),
+    }
+    x = rng.normal(size=(rows, 6))
+    stored = {name: of.copy() for name, of in w.items()}
+    if form in forms("cpu"):
+        for of in stored.values():
+            of[0] = np.nan
+            of[1, np.array(counts) == 0] = np.nan
+    with jax.enable_x64(True):
+        y = np.asarray(
+            jax.jit(product, static_argnums=(0, 1, 6))(
+                form, "swiglu", x, np.array(counts, np.int32), (stored["gate"], stored["in"]), stored["out"], 1
+            )
+        )
+    of_layer = {name: of[1] for name, of in w.items()}
+    for row, e in enumerate(np.repeat(range(4), counts)):
+        np.testing.assert_allclose(y[row], oracle.expert_forward(x[row], of_layer, e, "swiglu")[0], atol=1e-12)
+
+
+def test_blocks_grow_with_the_rows_and_few_rows_are_gathered():
+    sizes = [form("cpu", rows, 16) for rows in (1, 2, 8, 32, 128, 512, 4096, 2**20)]
+    assert sizes == [1, 1, 2, 4, 8, 32, 128, 128]
+    assert [form("gpu", rows, 4) for rows in (1, 4, 5)] == ["gathered", "gathered", "ragged"]
