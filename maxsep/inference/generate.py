@@ -59,6 +59,7 @@ class Generator:
         limits: Sequence[int],
         sampling: Sampling,
         first_number: int = 0,
+        rows: int = 1,
         told: Callable[[list[Completion]], None] = lambda completions: None,
     ) -> list[Completion]:
         """Completes a batch of prompts, whose numbers go on from `first_number`.
@@ -68,10 +69,11 @@ class Generator:
             limits: the most new tokens of each, from 1.
             sampling: how tokens are chosen.
             first_number: of the first prompt, for random numbers.
+            rows: at least so many, padding among them, so that a smaller last batch needs no other program.
             told: called with what there is, whenever there are new tokens.
         """
         completions = [Completion() for _ in prompts]
-        for turn in self.turns(Batch(self.program, prompts, limits, first_number), sampling):
+        for turn in self.turns(Batch(self.program, prompts, limits, first_number, rows), sampling):
             for row, completion in enumerate(completions):
                 self._take(completion, turn, row, limits[row])
             told(completions)
@@ -135,8 +137,8 @@ class Generator:
 class Batch:
     """Prompts as arrays on the mesh: padded to a length and a number of rows that the layout divides."""
 
-    def __init__(self, program: Program, prompts, limits, first_number: int):
-        count = -(-len(prompts) // program.rows) * program.rows
+    def __init__(self, program: Program, prompts, limits, first_number: int = 0, rows: int = 1):
+        count = -(-max(rows, len(prompts)) // program.rows) * program.rows
         length = padded(max(map(len, prompts)), program.layout.ways("s"))
         self.most = -(-max(limits) // SIZES) * SIZES
         self.slots = -(-(length + self.most - 1) // SIZES) * SIZES

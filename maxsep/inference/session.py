@@ -60,7 +60,8 @@ class Session:
                 limits = [min(most, more) for more in room]
                 stream = Stream(self.tokenizer, batch, limits)
                 ids = [prompt.ids for prompt in batch]
-                done += generator.complete(ids, limits, sampling, first, stream.told)
+                rows = min(batch_size, len(prompts))
+                done += generator.complete(ids, limits, sampling, first, rows, stream.told)
         seconds = time.perf_counter() - begin - generator.compile_seconds
         say("")
         say(self._times(prompts, done, most, seconds, generator.compile_seconds))

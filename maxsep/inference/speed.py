@@ -128,7 +128,7 @@ class Decoder:
         rng, vocab = np.random.default_rng(0), generator.program.model.vocab_size
         prompts = rng.integers(vocab, size=(batch, context)).tolist()
         self.generator, self.new = generator, new
-        self.batch = Batch(generator.program, prompts, [new] * batch, 0)
+        self.batch = Batch(generator.program, prompts, [new] * batch)
 
     def __call__(self, count: int) -> dict:
         """Decodes it `count` times: seconds to the first tokens (`prefill`) and of each token after; `other_cpu`."""

@@ -44,6 +44,7 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> Non
     )
     here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     again = ["python", "train.py", f"--workdir={here}", f"--config.train.steps={2 * summary['steps']}"]
+    console.say(f"complete a text: {shlex.join(['python', 'infer.py', f'--workdir={here}', '--prompt=Return the'])}")
     console.say(f"train on, at the last learning rate: {shlex.join(again)}")
 
 

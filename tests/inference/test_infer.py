@@ -7,13 +7,13 @@ import shutil
 import sys
 
 import pytest
+from runs import snapshot
 
 import infer
 from maxsep.config import cli
-from maxsep.output import workdir as runs
-from runs import snapshot
+from maxsep.output import workdir
 
-OF_RUN = cli.OfRun(runs.newest, runs.INFERENCE_TAKES)
+OF_RUN = cli.OfRun(workdir.newest, workdir.INFERENCE_TAKES)
 
 
 @pytest.fixture

@@ -11,9 +11,13 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from completions import GREEDY, SAMPLED, completed, parameters, prompts, scored
+from completions import GREEDY, SAMPLED, completed, generator, parameters, prompts, scored
 from programs import END_OF_TEXT
 from small import MA_IN_STAGES, config, named
+
+from maxsep.inference.generate import Batch
+from maxsep.measure.communication import sent
+from maxsep.parallel.mesh import make_mesh
 
 GAP = 1e-5
 LIMITS = [12, 1, 9, 12, 5]  # new tokens of each prompt
@@ -163,6 +167,26 @@ def test_a_batch_of_one_reads_the_chosen_experts_alone():
     assert len(chosen) < c.model.experts / 2
     assert with_nan(chosen).logprobs == pytest.approx(whole.logprobs, rel=1e-12)
     assert not np.isfinite(with_nan(chosen - {min(chosen)}).logprobs).all(), "what is read must matter"
+
+
+def test_a_step_sends_tokens_and_no_weights():
+    """On attention 4 x expert 4, of 16 rows, a row a device: all that a layer sends, in bytes a device."""
+    c = of("ma", (4, 4), "plain")
+    with jax.enable_x64(True), jax.set_mesh(make_mesh(c)):
+        program = generator(c).program
+        batch = Batch(program, prompts(c), LIMITS)
+        weights = jax.eval_shape(program.weights, program.abstract_params)
+        prefill = functools.partial(program.prefill, slots=batch.slots, most=batch.most)
+        state = jax.eval_shape(prefill, weights, *batch.arrays, GREEDY)
+        mesh = jax.sharding.get_mesh().abstract_mesh
+        found = sent(program.decode, weights, state, GREEDY, np.int32(2), mesh=mesh)
+    model, size = c.model, 8
+    token = model.d_model * size
+    assert batch.shape[0] == 16
+    assert found["attention"] == model.layers * (token + 4 * token)  # to those that share the sequence, and their sums
+    choices = model.top_k * (size + 4)
+    assert found["dispatch"] == model.layers * (token + choices + 4 * token)  # to those that share the experts
+    assert found.keys() == {"attention", "dispatch", "embedding, head", "statistics"}
 
 
 def chosen_experts(c, params, ids) -> set[int]:

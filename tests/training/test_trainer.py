@@ -33,6 +33,7 @@ def test_what_a_run_writes_and_prints(call, workdir):
     assert "layout            ma: stage 1 x attention 1 x expert 1\n" in out
     assert f"held-out loss  {summary['eval_loss']:.4f} nats/token" in out
     assert f"unigram        {summary['unigram_entropy']:.4f} nats/token on the same tokens" in out
+    assert f"complete a text: python infer.py --workdir={workdir} '--prompt=Return the'\n" in out
     assert f"train on, at the last learning rate: python train.py --workdir={workdir} {STEPS}8\n" in out
 
 
