@@ -71,18 +71,18 @@ def test_a_peer_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
 
 
 def test_decode(tmp_path, capsys):
-    path, mesh = tmp_path / "figures.jsonl", ("--config.mesh.attention=2", "--config.mesh.expert=2")
+    path, mesh = tmp_path / "figures.jsonl", ("--config.model.layers=1", "--config.mesh.expert=2")
     sizes = ("--contexts=5,20", "--batches=3", "--new=10", "--repeats=2")
     assert of("decode", *sizes, "--experts", f"--json={path}", *mesh) == cli.DONE
     *decoded, experts = map(json.loads, path.read_text().splitlines())
     assert [result["shape"]["context"] for result in decoded] == [5, 20]
     for result in decoded:
-        assert (result["system"], result["task"], result["devices"], result["layout"]) == ("maxsep", "decode", 4, "ma")
+        assert (result["system"], result["task"], result["devices"], result["layout"]) == ("maxsep", "decode", 2, "ma")
         assert (result["shape"]["batch"], result["shape"]["new"], result["generations"]) == (3, 10, 2)
         tpot = result["tpot_seconds"]
         assert 0 < tpot["min"] <= tpot["p50"] <= tpot["p99"]
         assert result["ttft_seconds"]["min"] > 0
-        assert result["tokens_per_second_per_device"] == pytest.approx(result["tokens_per_second"] / 4)
+        assert result["tokens_per_second_per_device"] == pytest.approx(result["tokens_per_second"] / 2)
         assert result["floor_share"] == pytest.approx(result["floor_seconds"] / tpot["p50"])
     assert experts["rows"] == 6 and experts["chosen"] in experts["seconds"]
     out = capsys.readouterr().out

@@ -221,6 +221,7 @@ def test_bfloat16_is_near_float32(layout, mesh):
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.slow  # the fast suite has it in test_layouts.py, and the masks themselves in model/test_moe.py
 def test_expert_dropout_is_the_same_on_every_mesh():
     """Its masks follow the token through meshes and micro-batches; another step has other ones."""
     changes = {"train": {"accumulation": 2}, "model": {"expert_dropout": 0.3, "dtype": "float64"}}

@@ -39,13 +39,15 @@ FAST = [
 SLOW = [
     ("ma", (2, 8), "shared heads, documents"),
     ("ma", (1, 16), "plain"),
-    ("ma", (16, 1), "four layers, own heads"),
     ("ma_folded", (4, 4), "shared heads, documents"),
     ("tp", (8, 2), "capacity, tied, gelu, k 3"),
     ("pp", (4, 1, 4), "four layers, own heads"),
     ("zero", (2, 2, 4), "capacity, tied, gelu, k 3"),
-    (MA_IN_STAGES, (2, 4, 2), "four layers, own heads"),
     ("l=stage b=expert h=attention", (2, 2, 4), "shared heads, documents"),
+]
+EXHAUSTIVE = [
+    ("ma", (16, 1), "four layers, own heads"),
+    (MA_IN_STAGES, (2, 4, 2), "four layers, own heads"),
 ]
 
 
@@ -83,8 +85,10 @@ def cases():
         yield pytest.param(*case, SAMPLED, id=f"{case[0]} {named(case[1])} sampled")
     for case in SLOW:
         yield pytest.param(*case, SAMPLED, marks=pytest.mark.slow, id=f"{case[0]} {named(case[1])} sampled")
-    for case in FAST + SLOW:
-        marks = pytest.mark.slow if case in FAST[1:] else pytest.mark.exhaustive
+    for case in EXHAUSTIVE:
+        yield pytest.param(*case, SAMPLED, marks=pytest.mark.exhaustive, id=f"{case[0]} {named(case[1])} sampled")
+    for case in FAST + SLOW + EXHAUSTIVE:
+        marks = pytest.mark.slow if case == FAST[1] else pytest.mark.exhaustive
         yield pytest.param(*case, GREEDY, marks=marks, id=f"{case[0]} {named(case[1])} greedy")
 
 

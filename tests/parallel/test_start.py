@@ -26,7 +26,7 @@ def test_the_mesh_is_fitted_to_the_devices(devices, mesh):
 
 @pytest.mark.parametrize(("devices", "mesh"), [(16, (3, 1, 5)), (8, (3, 1, 2)), (3, (3, 1, 1))])
 def test_a_fitted_mesh_keeps_its_stages(monkeypatch, devices, mesh):
-    monkeypatch.setattr(start, "validate", lambda config: None)
+    monkeypatch.setattr(start, "validate", lambda config, training: None)
     staged = dataclasses.replace(TINY, mesh=MeshConfig(3, 4, 4))
     assert start.fitted(staged, devices).mesh.shape == mesh
     with pytest.raises(ConfigError, match=r"^mesh\.stage: got 3; takes a number of stages that 2 devices can"):
