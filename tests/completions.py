@@ -4,7 +4,7 @@ import functools
 
 import jax
 import numpy as np
-from programs import END_OF_TEXT, wide
+from programs import END_OF_TEXT, drawn, wide
 from small import SEED
 
 from maxsep.config import Config
@@ -34,13 +34,7 @@ def generator(c: Config) -> Generator:
 
 def parameters(c: Config, draw: int = 0):
     """Of a config, in float64, larger than a new model's."""
-    rng = np.random.default_rng([SEED, 13, draw])
-
-    def drawn(path, x):
-        noise = rng.normal(size=x.shape)
-        return 1 + noise / 4 if path[-1].key == "scale" else noise / 4
-
-    return jax.tree_util.tree_map_with_path(drawn, generator(c).program.abstract_params)
+    return drawn(generator(c).program.abstract_params, [SEED, 13, draw])
 
 
 def weights(c: Config, params):

@@ -55,13 +55,18 @@ def first_step(c: Config, params, batch):
 
 def parameters(c: Config, draw: int = 0):
     """Parameters of a config in float64, larger than a new model's: no gradient is lost in rounding."""
-    rng = np.random.default_rng([SEED, 5, draw])
+    return drawn(run(c).abstract_state.params, [SEED, 5, draw])
 
-    def drawn(path, x):
+
+def drawn(abstract, seed: list[int]):
+    """A tree of parameters of these shapes, in float64."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
         noise = rng.normal(size=x.shape)
         return 1 + noise / 4 if path[-1].key == "scale" else noise / 4
 
-    return jax.tree_util.tree_map_with_path(drawn, run(c).abstract_state.params)
+    return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
 def leaves_differ(got, expected) -> dict[str, float]:

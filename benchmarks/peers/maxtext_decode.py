@@ -4,86 +4,24 @@ The engine is the one that `maxtext.inference.decode` drives; token ids are made
 """
 
 import contextlib
-import os
-import shutil
-import tempfile
-from importlib.metadata import version
-from pathlib import Path
 
 import common
+import mixtral
 
 
 def main() -> None:
-    parser = common.flags(__doc__, common.DECODE)
-    parser.add_argument("--expert", type=int, default=1, metavar="N", help="devices that share the experts")
-    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share a sequence's heads")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="MaxText's own settings, over these")
-    args = parser.parse_args()
+    args = mixtral.maxtext_flags(common.flags(__doc__, common.DECODE)).parse_args()
     out = common.claim_stdout()
-
-    devices = args.expert * args.tensor
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
-    os.environ["DECOUPLE_GCLOUD"] = "TRUE"  # without it MaxText looks for Google's cloud services
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    limit = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # simulated devices wait long for each other
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {limit}".strip()
-
-    folder = tempfile.mkdtemp(prefix="maxtext")
-    try:
-        facts = {
-            "system": "maxtext",
-            "version": version("maxtext"),
-            "devices": devices,
-            "mesh": {"expert": args.expert, "tensor": args.tensor},
+    with mixtral.maxtext_devices(args) as (facts, folder):
+        settings = {
+            "weight_dtype": args.dtype,
+            "capacity_factor": -1.0,  # without drops it computes every expert on every token
+            "max_prefill_predict_length": args.context,
+            "ici_autoregressive_parallelism": 1,
+            "decode_sampling_strategy": "greedy",
         }
-        common.run_decode(args, out, facts, *decoder(args, settings(args, devices, folder)))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def settings(args, devices: int, folder: str) -> list[str]:
-    """MaxText's command line. Without drops it computes every expert on every token; `ragged_dot` does too."""
-    import maxtext
-
-    values = {
-        "run_name": "bench",
-        "base_output_directory": f"{folder}/runs",
-        "jax_cache_dir": f"{folder}/cache",
-        "hardware": "cpu",
-        "skip_jax_distributed_system": True,
-        "enable_checkpointing": False,
-        "tokenizer_type": "tiktoken",
-        "decoder_block": "mixtral",
-        "base_num_decoder_layers": args.layers,
-        "base_emb_dim": args.d_model,
-        "base_num_query_heads": args.heads,
-        "base_num_kv_heads": args.kv_heads,
-        "head_dim": args.head_dim,
-        "num_experts": args.experts,
-        "num_experts_per_tok": args.top_k,
-        "base_mlp_dim": args.d_ff,
-        "base_moe_mlp_dim": args.d_ff,
-        "vocab_size": args.vocab,
-        "logits_via_embedding": False,
-        "max_target_length": args.context + args.new,
-        "max_prefill_predict_length": args.context,
-        "per_device_batch_size": args.batch / devices,
-        "ici_expert_parallelism": args.expert,
-        "ici_tensor_parallelism": args.tensor,
-        "ici_fsdp_parallelism": 1,
-        "ici_autoregressive_parallelism": 1,
-        "dtype": args.dtype,
-        "weight_dtype": args.dtype,
-        "attention": "dot_product",
-        "enable_dropout": False,
-        "scan_layers": False,
-        "sparse_matmul": False,
-        "capacity_factor": -1.0,
-        "decode_sampling_strategy": "greedy",
-    }
-    base = Path(maxtext.__file__).parent / "configs" / "base.yml"
-    return ["decode", str(base), *(f"{key}={value}" for key, value in values.items()), *args.settings]
+        argv = mixtral.maxtext_settings("decode", args, folder, args.context + args.new, settings)
+        common.run_decode(args, out, facts, *decoder(args, argv))
 
 
 def decoder(args, argv: list[str]):

@@ -3,6 +3,7 @@
 import os
 
 import common
+import mixtral
 
 
 def main() -> None:
@@ -16,15 +17,8 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
     import torch
-    import transformers
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    facts = {
-        "system": f"transformers {args.variant}",
-        "version": f"{transformers.__version__}, torch {torch.__version__}",
-        "devices": 1,
-        "mesh": {},
-    }
+    facts = mixtral.transformers_facts(f"transformers {args.variant}")
     with torch.inference_mode():
         common.run_decode(args, out, facts, *decoder(args))
 
@@ -32,28 +26,10 @@ def main() -> None:
 def decoder(args):
     """Prefill and step: the model's own forward pass with a cache, which is less work than its `generate`."""
     import torch
-    from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
+    from transformers import DynamicCache, MixtralForCausalLM
 
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.d_model,
-        intermediate_size=args.d_ff,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        num_local_experts=args.experts,
-        num_experts_per_tok=args.top_k,
-        max_position_embeddings=args.context + args.new,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        experts_implementation=args.variant,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = mixtral.transformers_config(args, args.context + args.new, args.variant)
     model = MixtralForCausalLM(config).to(getattr(torch, args.dtype)).eval()
     prompts = torch.randint(0, args.vocab, (args.batch, args.context))
     cache = token = None

@@ -3,52 +3,24 @@
 import os
 
 import common
+import mixtral
 
 
 def main() -> None:
     args = common.flags(__doc__).parse_args()
     out = common.claim_stdout()
     os.environ["HF_HUB_OFFLINE"] = "1"
-
-    import torch
-    import transformers
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    facts = {
-        "system": "transformers",
-        "version": f"{transformers.__version__}, torch {torch.__version__}",
-        "devices": 1,
-        "mesh": {},
-        "capacity_factor": None,
-    }
+    facts = mixtral.transformers_facts("transformers") | {"capacity_factor": None}
     common.run(args, out, facts, train_step(args))
 
 
 def train_step(args):
     """Forward, backward, clipping and AdamW on one batch of random ids that is used again."""
     import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import MixtralForCausalLM
 
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.d_model,
-        intermediate_size=args.d_ff,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        num_local_experts=args.experts,
-        num_experts_per_tok=args.top_k,
-        max_position_embeddings=args.sequence,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        experts_implementation="grouped_mm",  # the fastest of transformers' three on a CPU
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = mixtral.transformers_config(args, args.sequence, "grouped_mm")  # the fastest of its three on a CPU
     model = MixtralForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batch = torch.randint(0, args.vocab, (args.batch, args.sequence + 1))
