@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -11,6 +12,8 @@ from runs import snapshot
 
 import infer
 from maxsep.config import cli
+from maxsep.config.stored import read_config
+from maxsep.data import preparation
 from maxsep.output import workdir
 
 OF_RUN = cli.OfRun(workdir.newest, workdir.INFERENCE_TAKES)
@@ -75,15 +78,15 @@ def test_the_newest_run_is_taken_and_a_full_context_ends_a_text(finished_run, tm
     assert "float32, on 2 x simulated CPU device, ma: stage 1 x attention 1 x expert 2" in out
 
 
-def test_scores_of_the_held_out_records_are_the_evaluation(finished_run, tmp_path, complete):
-    from maxsep.config.stored import read_config
-    from maxsep.data import preparation
+def held_out(run) -> list[list[int]]:
+    """The records that a run is evaluated on."""
+    corpus = preparation.ensure(read_config(run)[0], lambda text: None)
+    records = map(corpus.eval.__getitem__, range(len(corpus.eval)))
+    return [[int(token) for token in record if token >= 0] for record in records]
 
-    corpus = preparation.ensure(read_config(finished_run)[0], lambda text: None)
-    records = [
-        [int(token) for token in record if token >= 0]
-        for record in map(corpus.eval.__getitem__, range(len(corpus.eval)))
-    ]
+
+def test_scores_of_the_held_out_records_are_the_evaluation(finished_run, tmp_path, complete):
+    records = held_out(finished_run)
     texts, file = tmp_path / "texts.jsonl", tmp_path / "out.jsonl"
     texts.write_text("".join(json.dumps({"tokens": ids}) + "\n" for ids in records) + '{"text": "a"}\n')
     status, out, err = complete(f"--workdir={finished_run}", f"--score={texts}", f"--json={file}")
@@ -93,10 +96,27 @@ def test_scores_of_the_held_out_records_are_the_evaluation(finished_run, tmp_pat
     assert single == {"tokens": [97], "logprobs": [None]}
     assert all(row["logprobs"][0] is None for row in found)
     logprobs = [p for row in found for p in row["logprobs"][1:]]
-    assert len(logprobs) == corpus.eval.targets
+    assert len(logprobs) == sum(len(ids) - 1 for ids in records)
     loss = json.loads((finished_run / "summary.json").read_text())["eval_loss"]
     assert -math.fsum(logprobs) / len(logprobs) == pytest.approx(loss, rel=1e-9)
     assert f"{loss:.6f} nats/token" in out
+
+
+@pytest.mark.slow
+def test_scores_of_a_run_with_a_capacity_are_its_evaluation_without(call, workdir, tmp_path, complete):
+    """As far as it is printed: 4 digits."""
+    assert call(workdir, model__capacity_factor=1.0, model__capacity_group=4)[0] == cli.DONE
+    with_drops = json.loads((workdir / "summary.json").read_text())["eval_loss"]
+    status, out, err = call(workdir, "--mode=eval", model__capacity_factor=None, model__capacity_group=None)
+    assert (status, err) == (cli.DONE, "")
+    without = float(re.search(r"([0-9.]+) nats/token", out).group(1))
+    assert abs(without - with_drops) > 2e-4
+
+    texts, file = tmp_path / "texts.jsonl", tmp_path / "out.jsonl"
+    texts.write_text("".join(json.dumps({"tokens": ids}) + "\n" for ids in held_out(workdir)))
+    assert complete(f"--workdir={workdir}", f"--score={texts}", f"--json={file}")[0] == cli.DONE
+    logprobs = [p for row in lines(file) for p in row["logprobs"][1:]]
+    assert -math.fsum(logprobs) / len(logprobs) == pytest.approx(without, abs=6e-5)
 
 
 BAD = {
