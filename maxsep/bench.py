@@ -193,7 +193,7 @@ def facts(config: Config) -> dict:
         "capacity_factor": model.capacity_factor,
         "devices": mesh.devices,
         "layout": config.layout,
-        "mesh": {"stage": mesh.stage, "attention": mesh.attention, "expert": mesh.expert},
+        "mesh": mesh.sizes,
     }
 
 

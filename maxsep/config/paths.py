@@ -36,6 +36,12 @@ def to_write(field: str, value: str) -> Path:
     return path
 
 
+def shown(path: Path) -> Path:
+    """An absolute path as a user would write it here."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def run_folder(path: str, exists: bool, written: bool = True) -> Path:
     """A run's folder, absolute, checked but not made.
 

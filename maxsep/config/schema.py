@@ -46,6 +46,10 @@ class MeshConfig:
         return (self.stage, self.attention, self.expert)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        return {"stage": self.stage, "attention": self.attention, "expert": self.expert}
+
+    @property
     def devices(self) -> int:
         return math.prod(self.shape)
 

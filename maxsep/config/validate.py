@@ -164,7 +164,7 @@ def _mesh(config: Config, training: bool) -> None:
     model, dimensions = config.model, _dimensions(config)
     if not training:
         del dimensions["b"], dimensions["s"]
-    row, sizes = layouts.row(config.layout), dict(zip(layouts.AXES, config.mesh.shape, strict=True))
+    row, sizes = layouts.row(config.layout), config.mesh.sizes
     _at_least(config, 1, "mesh.stage", "mesh.attention", "mesh.expert")
 
     def ways(letter: str) -> int:

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-import jax
-from jax.sharding import NamedSharding
-
 from maxsep.config import ConfigError
 from maxsep.inference.program import Program
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import CHECKPOINTS
+from maxsep.parallel.sharding import on_mesh
 
 
 def load(program: Program, folder: Path, step: str) -> tuple[dict, int]:
@@ -22,11 +20,6 @@ def load(program: Program, folder: Path, step: str) -> tuple[dict, int]:
     Raises:
         ConfigError: there is no such checkpoint, it cannot be read, or it is of another model.
     """
-    mesh = jax.sharding.get_mesh()
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)),
-        program.abstract_params,
-    )
     with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
         if step == "latest":
             number = checkpoints.latest_step()
@@ -36,4 +29,4 @@ def load(program: Program, folder: Path, step: str) -> tuple[dict, int]:
                 raise ConfigError(f"--step: got best, but no checkpoint in {folder} has been evaluated")
         else:
             number = int(step)
-        return program.weights(checkpoints.restore_params(abstract, number, cast=True)), number
+        return program.weights(checkpoints.restore_params(on_mesh(program.abstract_params), number, cast=True)), number

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from maxsep.inference.program import Program
 from maxsep.inference.sampling import Sampling
 from maxsep.inference.texts import Prompt
 from maxsep.measure.timing import spread
+from maxsep.output import metrics
 from maxsep.output.console import say, table
 from maxsep.output.durable import write_text
 from maxsep.parallel.mesh import describe, make_mesh
@@ -42,7 +42,7 @@ class Session:
             self.program = Program(config, tokenizer.end_of_text, tokenizer.vocab_size)
             self.weights, number = load(self.program, folder, step)
         on = f"{describe(list(self.mesh.devices.flat))}, {config.layout}: {config.mesh}"
-        say(f"maxsep: {_shown(folder)}, step {number}, {config.model.dtype}, on {on}")
+        say(f"maxsep: {paths.shown(folder)}, step {number}, {config.model.dtype}, on {on}")
         say(f"loaded in {time.perf_counter() - begin:.1f} s")
 
     def generate(
@@ -106,7 +106,7 @@ class Session:
         entries = {"texts": f"{len(texts)}, {sum(map(len, texts))} tokens, {count} of them after another"}
         if count:
             loss = -math.fsum(map(math.fsum, found)) / count
-            entries["loss"] = f"{loss:.6f} nats/token (perplexity {math.exp(min(loss, 700)):,.2f})"
+            entries["loss"] = f"{loss:.6f} nats/token (perplexity {metrics.perplexity(loss):,.2f})"
         entries["time"] = f"{time.perf_counter() - begin:.1f} s, compiling included"
         say(table("scores", entries))
         if file is not None:
@@ -147,11 +147,6 @@ def _spread(seconds: list[float]) -> str:
     return ", ".join(f"{name} {figure * 1e3:,.2f} ms" for name, figure in spread(seconds).items() if name != "min")
 
 
-def _shown(folder: Path) -> str:
-    here = Path.cwd()
-    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
-
-
 def _write(file: str, rows) -> None:
     write_text(paths.to_write("--json", file), "".join(f"{json.dumps(row)}\n" for row in rows))
-    print(f"written: {file}", file=sys.stdout, flush=True)
+    say(f"written: {file}")

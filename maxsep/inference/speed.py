@@ -17,6 +17,7 @@ from maxsep.inference.sampling import Sampling
 from maxsep.measure import bandwidth, peers
 from maxsep.measure.timing import OtherCPU, decoding, timed
 from maxsep.model import experts
+from maxsep.model.layers import drawn
 
 TURN = 8  # tokens between two looks at the clock
 FORM_CALLS = 30
@@ -105,7 +106,7 @@ def _facts(program: Program, decoder: "Decoder") -> dict:
     return {
         "devices": mesh.devices,
         "layout": config.layout,
-        "mesh": {"stage": mesh.stage, "attention": mesh.attention, "expert": mesh.expert},
+        "mesh": mesh.sizes,
         "experts_form": experts.form(program.layout.platform, rows, config.model.experts // program.single.ways("e")),
     }
 
@@ -145,9 +146,7 @@ class Decoder:
 
 def generator(program: Program) -> Generator:
     """With weights from the seed, which no text ends."""
-    quick = {"xla_backend_optimization_level": 1} if program.layout.platform == "cpu" else None
-    params = jax.jit(program.new_params, compiler_options=quick)()
-    return Generator(program, program.weights(params))
+    return Generator(program, program.weights(drawn(program.new_params, program.layout.platform)))
 
 
 def floor_bytes(model: ModelConfig, batch: int, context: float) -> float:

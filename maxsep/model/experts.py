@@ -62,9 +62,9 @@ class Experts(nnx.Module):
 def form(platform: str, rows: int, experts: int) -> int | str:
     """How `rows` rows are taken to `experts` experts: in blocks of so many rows, `gathered` or `ragged`; see `forms`.
 
-    Blocks have the power of two next to the mean rows of an expert and one. On 2 cores that is the fastest, or within
-    a tenth of it, from 2 to 512 rows for 16 experts: `python -m maxsep.bench decode` shows it. The rule for
-    accelerators is by the bytes that are read: not measured.
+    Blocks have the power of two next to the mean rows of an expert and one: on 2 quiet cores the fastest or nearly so,
+    from 2 to 512 rows for 16 experts (docs/benchmarks.md, "Decoding"). The rule for accelerators is by the bytes that
+    are read: not measured.
     """
     if platform == "cpu":
         return min(BLOCK, 2 ** round(math.log2(1 + rows / experts)))

@@ -1,5 +1,7 @@
 """Weights, and the small layers: norm, rotary positions, embedding."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,13 @@ def normal(rngs: nnx.Rngs, layout: Layout, letters: str, shape: tuple[int, ...],
     spec, parts = layout.at_rest(letters, shape)
     draw = jax.random.normal(rngs.params(), shape, dtype, out_sharding=spec)
     return nnx.Param(draw * jnp.asarray(std, dtype), parts=parts)
+
+
+def drawn(initialise: Callable, platform: str):
+    """What `initialise` draws, jitted: its arrays are born in their shardings."""
+    # XLA's CPU compiler would spend seconds on optimising the random numbers, more than on a train step.
+    options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
+    return jax.jit(initialise, compiler_options=options)()
 
 
 def use(weight: nnx.Param, dtype=None) -> jax.Array:

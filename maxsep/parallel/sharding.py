@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from jax.sharding import PartitionSpec
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from maxsep.config.layouts import AXES
 from maxsep.parallel.collectives import Axes
@@ -63,3 +64,14 @@ def added(spec: PartitionSpec, further: PartitionSpec) -> Split | None:
         if axes_of(further, dim) != axes_of(spec, dim):
             return Split(axes_of(further, dim), dim)
     return None
+
+
+def on_mesh(abstract):
+    """Abstract arrays on the mesh that is set; `eval_shape` leaves them on one without devices."""
+    mesh = jax.sharding.get_mesh()
+
+    def place(x):
+        spec = PartitionSpec() if x.sharding is None else x.sharding.spec  # scalars have none
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, abstract)

@@ -95,11 +95,11 @@ def _leave_a_thread_free(devices: int) -> None:
     Where every thread is busy with a device, a large matrix product may take wrong numbers: seen in the output head's
     gradient, the first rows of each device's part, on JAX 0.10 and 0.12.
     """
-    if (_number("PJRT_NPROC") or _cores()) <= devices:
+    if (_number("PJRT_NPROC") or cores()) <= devices:
         os.environ["PJRT_NPROC"] = str(devices + 1)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use, as XLA counts them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -8,18 +8,19 @@ from contextlib import closing
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from maxsep.config import Config
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
 from maxsep.measure import flops, memory
+from maxsep.model.layers import drawn
 from maxsep.output import metrics
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import init_checkpoints
 from maxsep.parallel import pipeline
 from maxsep.parallel.mesh import describe
+from maxsep.parallel.sharding import on_mesh
 from maxsep.training.step import Program, TrainState
 
 
@@ -43,7 +44,7 @@ class Run:
         train, length = config.train, config.data.sequence_length
         self.config, self.mesh = config, jax.sharding.get_mesh()
         self.program = Program(config, end_of_text, ids, platform or self.mesh.devices.flat[0].platform)
-        self.abstract_state = self._placed(jax.eval_shape(self.program.init))
+        self.abstract_state = on_mesh(jax.eval_shape(self.program.init))
         micro_batch = train.batch_size // train.accumulation
         self.batch_shape = (train.accumulation, micro_batch, length + 1)
         self.stages = self.program.layout.ways("l")
@@ -54,15 +55,6 @@ class Run:
         self.bubble = pipeline.bubble(self.stages, train.accumulation)
         self.eval_step = jax.jit(self.program.eval_step)
 
-    def _placed(self, tree):
-        """Abstract arrays on this mesh: `eval_shape` leaves them on an abstract one, which Orbax cannot restore to."""
-
-        def place(x):
-            spec = P() if x.sharding is None else x.sharding.spec  # scalars have none
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
-
-        return jax.tree.map(place, tree)
-
     def compile_train_step(self):
         """The compiled train step, which takes and donates a state, and takes a batch."""
         batch = jax.ShapeDtypeStruct(self.batch_shape, jnp.int32, sharding=self.batch_sharding)
@@ -72,9 +64,7 @@ class Run:
         """Step 0, with weights drawn from the seed or those that `train.init_from` names."""
         source = init_checkpoints(self.config)
         if source is None:
-            # XLA's CPU compiler would spend seconds on optimising the random numbers, more than on the train step.
-            quick = {"xla_backend_optimization_level": 1} if self.program.layout.platform == "cpu" else None
-            return jax.jit(self.program.init, compiler_options=quick)()
+            return drawn(self.program.init, self.program.layout.platform)
         with Checkpoints(source, read_only=True) as checkpoints:
             return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params))
 

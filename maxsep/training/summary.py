@@ -6,7 +6,7 @@ import shlex
 import statistics
 from pathlib import Path
 
-from maxsep.config import cli
+from maxsep.config import cli, paths
 from maxsep.data.records import Corpus
 from maxsep.output import console, metrics
 from maxsep.output.durable import write_json
@@ -42,7 +42,7 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> Non
             },
         )
     )
-    here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    here = paths.shown(folder)
     again = ["python", "train.py", f"--workdir={here}", f"--config.train.steps={2 * summary['steps']}"]
     console.say(f"complete a text: {shlex.join(['python', 'infer.py', f'--workdir={here}', '--prompt=Return the'])}")
     console.say(f"train on, at the last learning rate: {shlex.join(again)}")
@@ -72,7 +72,7 @@ def summarise(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> 
         "skipped_steps": trained[-1]["skipped_steps"],
         "layout": config.layout,
         "bubble": run.bubble,
-        "mesh": {axis: getattr(config.mesh, axis) for axis in ("stage", "attention", "expert")},
+        "mesh": config.mesh.sizes,
     }
 
 

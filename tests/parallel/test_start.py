@@ -126,7 +126,7 @@ THREADS = [("", 64, "65"), ("x", 64, "65"), ("3", 4, "5"), ("4", 4, "5"), ("9", 
 
 @pytest.mark.parametrize(("threads", "devices", "left"), THREADS)
 def test_a_thread_is_left_free_beside_the_simulated_devices(monkeypatch, threads, devices, left):
-    monkeypatch.setattr(start, "_cores", lambda: 2)
+    monkeypatch.setattr(start, "cores", lambda: 2)
     monkeypatch.setenv("PJRT_NPROC", threads)
     start._leave_a_thread_free(devices)
     assert os.environ["PJRT_NPROC"] == left
