@@ -1,5 +1,6 @@
 """Runs train.py in a process of its own, kills it at a moment that is seen from outside, and tells runs' bits apart."""
 
+import glob
 import json
 import os
 import random
@@ -84,7 +85,8 @@ class Process:
     @property
     def saving(self) -> bool:
         """Files of a checkpoint that is not committed."""
-        return any(self.workdir.glob("checkpoints/*.orbax-checkpoint-tmp/**/*"))
+        # Not pathlib's glob, which fails where a folder is renamed meanwhile.
+        return any(glob.iglob("checkpoints/*.orbax-checkpoint-tmp/*", root_dir=self.workdir))
 
     @property
     def saved(self) -> int:
@@ -100,6 +102,18 @@ class Process:
 
         Whether the moment was seen: a busy machine may pass over a short one, and the process ends with status 0.
         """
+        try:
+            seen = self._held_at(moment)
+        except BaseException:  # no process is left behind
+            self._process.kill()
+            self._process.wait()
+            raise
+        if seen:
+            for number in (*numbers, signal.SIGCONT):
+                self._process.send_signal(number)
+        return seen
+
+    def _held_at(self, moment: Callable[["Process"], bool]) -> bool:
         end = time.monotonic() + LIMIT
         while True:
             if self._process.poll() is not None:
@@ -110,13 +124,9 @@ class Process:
                 self._process.send_signal(signal.SIGSTOP)
                 os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
                 if self._process.poll() is None and moment(self):
-                    break
+                    return True
                 self._process.send_signal(signal.SIGCONT)
             time.sleep(0.0005)
-        for number in numbers:
-            self._process.send_signal(number)
-        self._process.send_signal(signal.SIGCONT)
-        return True
 
 
 def train(workdir: Path, *arguments: str, **options) -> list[str]:
