@@ -1,7 +1,7 @@
 """Trains a Mixture-of-Experts transformer, or with --mode=eval evaluates its latest checkpoint.
 
 Without flags: configs/tiny.py, on real text, on a mesh that fits the machine. A run that was stopped goes on when
-the same command is given again, or --workdir alone.
+the same command is given again, or --workdir alone. Several processes make one run: docs/multihost.md.
 """
 
 import sys
@@ -10,12 +10,14 @@ from absl import flags
 
 from maxsep.config import cli, paths
 from maxsep.output import workdir
+from maxsep.parallel import join
 from maxsep.parallel.start import start
 
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run (default runs/NAME, the config's name)", flag_values=values)
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do", flag_values=values)
+    join.define(values)
 
 
 def main(args: cli.Args) -> None:
@@ -26,13 +28,14 @@ def main(args: cli.Args) -> None:
     folder = paths.run_folder(f"runs/{args.config.name}" if named is None else named, exists=not training)
     workdir.check_start(folder, args.config, training)
     preparation.check(args.config)
-    config = start(args.config, args.fit_mesh, training)
-    from maxsep.training import trainer  # imports JAX, which must wait until the flags are right
+    with join.joined(args, folder, **{"--mode": args.flags.mode}) as job:
+        config = start(args.config, args.fit_mesh, training, job)
+        from maxsep.training import trainer  # imports JAX, which must wait until the flags are right
 
-    if training:
-        trainer.train(config, folder)
-    else:
-        trainer.evaluate(config, folder)
+        if training:
+            trainer.train(config, folder, job)
+        else:
+            trainer.evaluate(config, folder, job)
 
 
 if __name__ == "__main__":

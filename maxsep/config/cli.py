@@ -49,7 +49,7 @@ DONE, USER_ERROR, CRASHED, PEER_LOST, NONFINITE, SAVE_FAILED, STOPPED = 0, 2, 70
 
 
 class Exit(Exception):
-    """Ends the program with a status other than 0 and one line that says why."""
+    """Ends the program with a status other than 0 and one line that says why; "" where that has been said."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -103,19 +103,35 @@ def run(
             print(help_text(argv, define, doc, default_config, commands, of_run))
             return DONE
         main(parse(argv, define, default_config, commands, of_run))
-    except Exit as e:
-        return _error(e.status, e)
-    except ConfigError as e:
-        return _error(USER_ERROR, e)
-    except KeyboardInterrupt:
-        return _error(130, "interrupted")
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
+    except (Exception, KeyboardInterrupt) as e:
+        return answer(e)
+    return DONE
+
+
+def answer(error: BaseException) -> int:
+    """Tells the user what has ended the program; the exit status."""
+    if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception:
-        traceback.print_exc()
-        return CRASHED
-    return DONE
+    status, message = outcome(error)
+    if status == CRASHED:
+        traceback.print_exception(error)
+    elif message:
+        print("error:", message, file=sys.stderr, flush=True)
+    return status
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """The exit status and one line, whatever the error's message."""
+    text = " ".join(str(error).split())
+    match error:
+        case Exit():
+            return error.status, text
+        case ConfigError():
+            return USER_ERROR, text
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+    return CRASHED, f"{type(error).__name__}: {text}"
 
 
 def parse(
@@ -293,8 +309,3 @@ def _named(error: flags.Error) -> ConfigError:
         return ConfigError(str(error))
     (field,) = (f for f in fields() if f.path == match[1])
     return mistyped(field.path, match[2], field.hint)
-
-
-def _error(status: int, message: object) -> int:
-    print("error:", *str(message).split(), file=sys.stderr, flush=True)  # one line, whatever the message
-    return status

@@ -21,6 +21,7 @@ from ml_collections import config_dict
 
 # What a field takes that has a few named values. Kept here, without JAX, so that a mistake is answered at once.
 CHOICES = {
+    "mesh.inner": ("auto", "attention", "expert"),
     "data.source": ("docstrings", "tfds", "files"),
     "model.activation": ("swiglu", "gelu"),
     "model.remat": ("none", "full", "dots"),
@@ -40,6 +41,7 @@ class MeshConfig:
     stage: int = 1  # stages of a pipeline (pp, tp_pp, or l=stage in a row of one's own); a further axis for zero
     attention: int = 1  # devices that share one sequence: heads in attention, positions between blocks
     expert: int = 1  # devices that share one set of experts, and the batch
+    inner: str = "auto"  # axis of neighbouring devices, as in a process: attention, expert, auto (which sends more)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,6 +71,8 @@ class TrainConfig:
     init_from: str | None = None  # workdir whose latest parameters to start from, with a fresh optimizer
     profile: str | None = None  # "FIRST:LAST" steps to record with jax.profiler
     nonfinite_limit: int = 10  # non-finite steps in a row that are skipped before the run halts
+    heartbeat_seconds: float = 30.0  # without a word from a process, after which a run of several processes ends
+    watchdog_seconds: float = 600.0  # without the end of a step, or a save, after which the run ends; compiling is free
     deterministic: bool = False  # GPU: only kernels that repeat to the bit (slower)
 
 

@@ -3,14 +3,16 @@
 What is finished is kept when it is interrupted; the next attempt goes on from there.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import shlex
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from maxsep.config import Config, ConfigError, cli
 from maxsep.data import cache, packing, sources, tokenizer
 from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
 from maxsep.output.durable import write_json
+from maxsep.parallel.job import ALONE, Job
 
 LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
 RATE = 2_000_000  # tokens/s that a process prepares, roughly
@@ -26,13 +29,29 @@ HASH_RATE = 500_000_000  # bytes/s that are read for a file's hash, roughly
 BYTES_A_TOKEN = 4  # of English text in GPT-2's tokens, roughly
 
 
-def ensure(config: Config, log: Callable[[str], None]) -> Corpus:
+def ensure(config: Config, log: Callable[[str], None], job: Job = ALONE) -> Corpus:
     """The config's corpus: opened where it is prepared, else prepared now if it is small.
 
+    Of several processes the first prepares it; then each opens it, or prepares it where its cache is on another disk.
+
     Raises:
-        ConfigError: data that is not there or cannot be read, or so much that it has to be prepared ahead.
+        ConfigError: data that is not there or cannot be read, or so much that it has to be prepared ahead, or is not
+            the same in all processes.
     """
-    return Preparation(config, log).open_or_prepare(1, seldom(log, 5), LARGE)
+    job.at("preparing data")
+    preparation = Preparation(config, log)
+    corpus = preparation.open_or_prepare(1, seldom(log, 5), LARGE) if job.first else None
+    if job.count > 1:
+        with told_later(f"process {job.index} waits for process 0, which prepares the data", unless=job.first):
+            job.agree(None)
+        corpus = corpus or preparation.open_or_prepare(1, seldom(log, 5), LARGE)
+        found = job.agree(corpus.fingerprint)
+        for member, fingerprint in zip(job.members, found, strict=True):
+            if fingerprint != found[0]:
+                raise ConfigError(
+                    f"data.source: got another corpus in {member} than in {job.members[0]}; takes the same"
+                )
+    return corpus
 
 
 def check(config: Config) -> None:
@@ -195,6 +214,18 @@ def unigram_entropy(train_counts: np.ndarray, eval_counts: np.ndarray) -> float:
     """
     share = (train_counts + 1) / (train_counts.sum() + len(train_counts))
     return float(-(eval_counts * np.log(share)).sum() / eval_counts.sum())
+
+
+@contextlib.contextmanager
+def told_later(text: str, unless: bool, seconds: float = 5.0) -> Iterator[None]:
+    """Says `text` on standard error where what is inside takes long."""
+    timer = threading.Timer(seconds, lambda: print(text, file=sys.stderr, flush=True))
+    if not unless:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def seldom(log: Callable[[str], None], seconds: float) -> Callable[[str], None]:

@@ -126,6 +126,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *exc) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # the other processes may never come to where this would wait for them
         try:
             self.close()
         except SaveError:

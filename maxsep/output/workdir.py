@@ -11,12 +11,15 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+import time
+import uuid
 from operator import attrgetter
 from pathlib import Path
 
 from maxsep.config import Config, ConfigError, fields, paths
 from maxsep.config.stored import read_config
 from maxsep.output.durable import write_json
+from maxsep.parallel.job import Job
 
 # What may change when a run goes on: what changes its result by rounding at most, or only how long it runs and what it
 # tells. Everything else is part of what the run means. A name ending in a dot stands for all fields of its section.
@@ -30,6 +33,8 @@ RESUME_MAY_CHANGE = (
     "train.checkpoint_every",
     "train.profile",
     "train.nonfinite_limit",
+    "train.heartbeat_seconds",
+    "train.watchdog_seconds",
     "train.deterministic",
     "optimizer.zero1",
     # Where the corpus lies. Its fingerprint must stay.
@@ -41,6 +46,7 @@ RESUME_MAY_CHANGE = (
     "model.attention_kernel",
 )
 
+SHARED_SECONDS = 10.0  # until a file of another host is seen: network file systems remember what was not there
 CHECKPOINTS = "checkpoints"  # a step's folder in it appears when the step is saved whole
 
 # An evaluation may also be without drops, and in batches that fit the mesh.
@@ -58,6 +64,7 @@ INFERENCE_TAKES = (
     "mesh.stage",
     "mesh.attention",
     "mesh.expert",
+    "mesh.inner",
     "data.sequence_length",
     "data.tokenizer",
     "model.attention_kernel",
@@ -175,6 +182,38 @@ def check_resume(
             f"data.source: got another corpus{why} than the run in {workdir} was started with, which may not change"
         )
     return config
+
+
+def check_shared(folder: Path, job: Job, *found) -> None:
+    """Makes sure that all processes of the job see one and the same folder.
+
+    Args:
+        folder: of the run; made where it is missing.
+        job: this process and the others.
+        found: what this process has found there; each must have found the same.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if job.count == 1:
+        return
+    takes = "takes a folder that all processes share"
+    for member, other in zip(job.members, job.agree(list(found)), strict=True):
+        if other != list(found):
+            raise ConfigError(f"--workdir: {folder} holds something else for {member}; {takes}")
+    token = job.agree(f".{uuid.uuid4().hex}.tmp")[0]
+    if job.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token).touch()
+    job.agree(None)
+    end = time.monotonic() + SHARED_SECONDS
+    while not (seen := (folder / token).exists()) and time.monotonic() < end:
+        time.sleep(0.5)
+    blind = [member for member, sees in zip(job.members, job.agree(seen), strict=True) if not sees]
+    if job.first:
+        (folder / token).unlink()
+    if blind:
+        raise ConfigError(f"--workdir: {blind[0]} does not see what process 0 writes in {folder}; {takes}")
 
 
 def write_config(workdir: Path, config: Config, corpus_fingerprint: str) -> None:

@@ -8,24 +8,58 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from maxsep.config import Config
 from maxsep.config.layouts import AXES
+from maxsep.parallel.layout import Layout
 
 
 def make_mesh(config: Config) -> Mesh:
-    """The mesh on this machine's devices: (stage, attention, expert), `expert` innermost.
+    """The mesh on the job's devices: (stage, attention, expert), the axis that `inner` names innermost.
 
-    Neighbouring devices share the fastest links, and the all-to-all of the dispatch runs along `expert`.
+    Neighbouring devices, those of a process first, share the fastest links.
     """
-    needed = config.mesh.devices
-    devices = jax.devices()[:needed]
+    needed, (stage, attention, expert) = config.mesh.devices, config.mesh.shape
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))[:needed]
     assert len(devices) == needed, "parallel.start has counted the devices"
-    grid = np.asarray(devices).reshape(config.mesh.shape)
+    if inner(config) == "expert":
+        grid = np.asarray(devices).reshape(stage, attention, expert)
+    else:
+        grid = np.asarray(devices).reshape(stage, expert, attention).swapaxes(1, 2)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def inner(config: Config) -> str:
+    """The axis whose devices are neighbours: `mesh.inner`, or the one along which a layer sends more for a token."""
+    if config.mesh.inner != "auto":
+        return config.mesh.inner
+    sent = {axis: sum(size for axes, size in _sent(config) if axis in axes) for axis in ("expert", "attention")}
+    return max(sent, key=sent.get)  # expert where they are equal
+
+
+def _sent(config: Config) -> list[tuple[tuple[str, ...], float]]:
+    """What attention and experts send, and along which axes, in t D c: docs/layouts.md, "What a device sends"."""
+    model, layout = config.model, Layout.of(config, "cpu")
+    heads, hidden, experts = (layout.ways(letter) for letter in "hfe")
+    copies = experts * min(model.top_k, model.experts / experts)
+    if model.capacity_factor is not None:
+        copies = model.top_k * model.capacity_factor
+    return [
+        (layout.axes("h"), 1 + heads if heads > 1 else 0),
+        (layout.axes("f"), 1 + hidden if hidden > 1 else 0),
+        (layout.axes("e"), 2 * copies if experts > 1 else 0),
+    ]
 
 
 def describe(devices: Sequence[jax.Device]) -> str:
     """Number and kind of `devices`, for people."""
     kind = "simulated CPU device" if devices[0].platform == "cpu" else devices[0].device_kind
-    return f"{len(devices)} x {kind}"
+    processes = len({device.process_index for device in devices})
+    return f"{len(devices)} x {kind}" + (f" in {processes} processes" if processes > 1 else "")
+
+
+def neighbours(config: Config) -> str:
+    """Which axis lies innermost, for people; nothing where only one has a size."""
+    if min(config.mesh.attention, config.mesh.expert) == 1:
+        return ""
+    return f", neighbours along {inner(config)} (mesh.inner={config.mesh.inner})"
 
 
 def abstract_mesh(config: Config) -> AbstractMesh:

@@ -9,30 +9,38 @@ import os
 import sys
 from pathlib import Path
 
-from maxsep.config import Config, ConfigError, MeshConfig
+from maxsep.config import Config, ConfigError
 from maxsep.config.validate import validate
+from maxsep.parallel import holder
+from maxsep.parallel.job import ALONE, Job
+
+HELD = 30.0  # seconds for which JAX's connections to process 0 stay open after its death
 
 
-def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
-    """Starts JAX for `config` and checks that the machine can run it.
+def start(config: Config, fit_mesh: bool, training: bool = True, job: Job = ALONE) -> Config:
+    """Starts JAX for `config` and checks that the job's machines can run it.
 
-    Without accelerators the mesh's devices are simulated on the CPU.
+    Without accelerators the mesh's devices are simulated on the CPU, as many in each process.
 
     Args:
         config: a validated config.
         fit_mesh: fit the mesh to the accelerators there are, instead of refusing when they are too few.
         training: gradients and the optimizer's moments are needed beside the weights.
+        job: this process and the others.
 
     Returns:
         The config, its mesh fitted where that was asked for.
 
     Raises:
-        ConfigError: too few devices, or too little memory for the model's state.
+        ConfigError: too few devices, or devices that are left over in one of several processes, or too little memory
+            for the model's state.
     """
+    job.at("starting JAX")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
     # Simulated devices share the cores: one may wait minutes for the others. XLA's limit would kill the run.
     _xla_flag("--xla_cpu_collective_call_terminate_timeout_seconds=600")
-    _leave_a_thread_free(_number("JAX_NUM_CPU_DEVICES") or config.mesh.devices)
+    simulated = _number("JAX_NUM_CPU_DEVICES") or _simulated(config, fit_mesh, job)
+    _leave_a_thread_free(simulated)
     if config.train.deterministic:
         _xla_flag("--xla_gpu_deterministic_ops=true")
 
@@ -40,14 +48,19 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
 
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", config.mesh.devices)
+        jax.config.update("jax_num_cpu_devices", simulated)
+    if job.count > 1:
+        _start_distributed(job)
 
     from maxsep.parallel.mesh import describe
 
     devices = jax.devices()
-    if devices[0].platform != "cpu" and fit_mesh:
+    if fit_mesh and (devices[0].platform != "cpu" or job.count > 1):
         config = fitted(config, len(devices), training)
         print(f"mesh fitted to {describe(devices)}: {config.mesh}", flush=True)
+    if job.count > 1 and config.mesh.devices != len(devices):
+        got = f"got {config.mesh} = {config.mesh.devices} devices"
+        raise ConfigError(f"mesh: {got}; takes all that the processes have, {describe(devices)}")
     if config.mesh.devices > len(devices):
         raise ConfigError(f"mesh: got {config.mesh} = {config.mesh.devices} devices; takes at most {describe(devices)}")
     if config.mesh.devices < len(devices):
@@ -56,8 +69,41 @@ def start(config: Config, fit_mesh: bool, training: bool = True) -> Config:
         _keep_no_programs()
     else:
         _keep_programs()
-    _check_memory(config, devices[: config.mesh.devices], training)
+    _check_memory(config, devices[: config.mesh.devices], training, len(job.here) / job.count)
     return config
+
+
+def _simulated(config: Config, fit_mesh: bool, job: Job) -> int:
+    """Devices that this process simulates where there are no accelerators.
+
+    Raises:
+        ConfigError: the mesh has no equal part for each process.
+    """
+    if config.mesh.devices % job.count == 0:
+        return config.mesh.devices // job.count
+    if fit_mesh:
+        return 1
+    takes = f"a multiple of {job.count} devices, as each of {job.count} processes has its part"
+    raise ConfigError(f"mesh: got {config.mesh} = {config.mesh.devices} devices; takes {takes}")
+
+
+def _start_distributed(job: Job) -> None:
+    """JAX's own meeting of the processes, on the port of the roll call that is over."""
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.distributed.initialize(
+        job.process.address,
+        job.count,
+        job.index,
+        local_device_ids=job.gpus,
+        cluster_detection_method="deactivate",
+        # The job ends itself before JAX aborts in C++.
+        heartbeat_timeout_seconds=int(4 * job.heartbeat + 60),
+        initialization_timeout=int(4 * job.heartbeat + 60),
+    )
+    if job.first:
+        job.holder = holder.hold(job.process.port, [peer.connection.link.fileno() for peer in job.peers], HELD)
 
 
 def fitted(config: Config, devices: int, training: bool = True) -> Config:
@@ -72,7 +118,7 @@ def fitted(config: Config, devices: int, training: bool = True) -> Config:
     for count in range(devices // stage, 0, -1):
         for attention in range(math.isqrt(count), 0, -1):
             if count % attention == 0:
-                mesh = MeshConfig(stage, attention, count // attention)
+                mesh = dataclasses.replace(config.mesh, attention=attention, expert=count // attention)
                 candidate = dataclasses.replace(config, mesh=mesh)
                 try:
                     validate(candidate, training)
@@ -142,15 +188,19 @@ def _keep_no_programs() -> None:
     compilation_cache.reset_cache()  # JAX asks for that setting once
 
 
-def _check_memory(config: Config, devices: list, training: bool) -> None:
-    """Refuses what cannot fit however it is split: the model's state against all memory there is."""
+def _check_memory(config: Config, devices: list, training: bool, share: float) -> None:
+    """Refuses what cannot fit however it is split: the model's state against all memory there is.
+
+    `share` of the processes is on this machine.
+    """
     from maxsep.parallel.mesh import describe
 
     arrays, what = (4, "weights, gradients and moments") if training else (1, "weights")
     size = {"float64": 8, "bfloat16": 4 if training else 2}.get(config.model.dtype, 4)
     need = config.model.parameters * arrays * size
     if devices[0].platform == "cpu":
-        have, where = available_memory(), "this machine has left"
+        have, where = available_memory() / share, "this machine has left"
+        where += "" if share == 1 else f" for {share:.0%} of the processes"
     else:
         have = sum((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices)
         where = f"{describe(devices)} have"

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from maxsep.output import metrics
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import init_checkpoints
 from maxsep.parallel import pipeline
-from maxsep.parallel.mesh import describe
+from maxsep.parallel.mesh import describe, neighbours
 from maxsep.parallel.sharding import on_mesh
 from maxsep.training.step import Program, TrainState
 
@@ -74,11 +74,15 @@ class Run:
         return train_batches(corpus.train, train.batch_size, train.seed, position, rows)
 
     def evaluate(
-        self, params: dict, corpus: Corpus, stop: Callable[[], bool] = lambda: False
+        self,
+        params: dict,
+        corpus: Corpus,
+        stop: Callable[[], bool] = lambda: False,
+        waiting: Callable[[], AbstractContextManager] = nullcontext,
     ) -> dict[str, float] | None:
         """Held-out loss, nats a token, every token counted once; its perplexity; the seconds it took.
 
-        None where `stop`, asked after each batch, says to give up.
+        None where `stop`, asked after each batch, says to give up. While devices are waited for, `waiting` is entered.
         """
         start = time.monotonic()
         rows = host_rows(self.eval_shape, self.batch_sharding)
@@ -87,7 +91,9 @@ class Run:
             for batch in to_mesh(batches, self.eval_shape, self.batch_sharding):
                 # Fetched at once: unlike train steps, these do not wait for each other, and with many at a time
                 # simulated devices run out of threads and hang.
-                one = jax.device_get(self.eval_step(params, batch))
+                cost = self.eval_step(params, batch)
+                with waiting():
+                    one = jax.device_get(cost)
                 cross_entropy, targets = cross_entropy + float(one.cross_entropy), targets + float(one.targets)
                 if stop():
                     return None
@@ -123,7 +129,7 @@ class Run:
         capacity = "dropless" if model.capacity_factor is None else f"capacity {model.capacity_factor}"
         return {
             "layout": f"{config.layout}: {config.mesh}",
-            "devices": describe(self.mesh.devices.ravel()),
+            "devices": describe(self.mesh.devices.ravel()) + neighbours(config),
             "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
             f"top {model.top_k}, {capacity}, {model.dtype}",
             "parameters": f"{model.parameters:,}",

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -15,15 +16,18 @@ from maxsep.measure import flops
 from maxsep.output import console, metrics, workdir
 from maxsep.output.checkpoint import Checkpoints, SaveError
 from maxsep.output.metrics import MetricsWriter
+from maxsep.parallel.job import ALONE, Job
 from maxsep.parallel.mesh import make_mesh
 from maxsep.training import summary
 from maxsep.training.run import Run
 from maxsep.training.signals import Stop
 from maxsep.training.step import TrainState
 
+ALIKE_SECONDS = 10.0  # in which a save that failed in one process is found to have failed in the others
 
-def train(config: Config, folder: Path) -> None:
-    """Trains to `train.steps`, from the start or from the run's latest checkpoint.
+
+def train(config: Config, folder: Path, job: Job = ALONE) -> None:
+    """Trains to `train.steps`, from the start or from the run's latest checkpoint; in all processes of the job alike.
 
     Raises:
         ConfigError: what the user asked for cannot be; nothing was written.
@@ -32,10 +36,12 @@ def train(config: Config, folder: Path) -> None:
     started = time.monotonic()
     saved = workdir.has_checkpoint(folder)
     resuming = saved or (folder / "config.json").exists()
+    workdir.check_shared(folder, job, saved, resuming)
     config = workdir.check_resume(folder, config) if resuming else workdir.resolve(config)
-    corpus = preparation.ensure(config, console.say)
+    corpus = preparation.ensure(config, console.say, job)
     if resuming:
         workdir.check_resume(folder, config, corpus.fingerprint)
+    job.at("starting")
     mesh = make_mesh(config)
     peak = flops.machine_peak(list(mesh.devices.flat), config.model.dtype)
     with jax.set_mesh(mesh), ExitStack() as stack:
@@ -51,8 +57,11 @@ def train(config: Config, folder: Path) -> None:
                 position = data["position"]
             step = int(state.step)
             finished = step >= config.train.steps and _check_finished(folder, step, config)
-            workdir.write_config(folder, config, corpus.fingerprint)
-            writer = stack.enter_context(MetricsWriter(folder, step))
+            job.agree(None)  # before the first process writes what all have read
+            writer = None
+            if job.first:
+                workdir.write_config(folder, config, corpus.fingerprint)
+                writer = stack.enter_context(MetricsWriter(folder, step))
         except OSError as e:
             raise ConfigError(f"--workdir: cannot write to {folder}: {e.strerror}") from e
         if finished:
@@ -62,8 +71,10 @@ def train(config: Config, folder: Path) -> None:
                 console.say(f"going on from step {step} in {folder}")
                 if config.train.profile and int(config.train.profile.partition(":")[2]) <= step:
                     console.say(f"train.profile: steps {config.train.profile} are done; nothing is recorded")
-            Loop(run, corpus, folder, checkpoints, writer, peak).train(state, position)
-    summary.finish(run, corpus, folder, None if finished else time.monotonic() - started)
+            Loop(run, corpus, folder, checkpoints, writer, peak, job).train(state, position)
+    job.at("ending")
+    if job.first:
+        summary.finish(run, corpus, folder, None if finished else time.monotonic() - started)
 
 
 def _check_finished(folder: Path, step: int, config: Config) -> bool:
@@ -87,15 +98,17 @@ def _logged(folder: Path, step: int) -> set[str]:
     return {row["split"] for row in rows if row["step"] == step}
 
 
-def evaluate(config: Config, folder: Path) -> None:
+def evaluate(config: Config, folder: Path, job: Job = ALONE) -> None:
     """Prints the held-out loss of the run's latest checkpoint; changes nothing."""
     config = workdir.check_resume(folder, config, may_change=workdir.EVALUATION_MAY_CHANGE)
-    corpus = preparation.ensure(config, console.say)
+    corpus = preparation.ensure(config, console.say, job)
     workdir.check_resume(folder, config, corpus.fingerprint, workdir.EVALUATION_MAY_CHANGE)
     with jax.set_mesh(make_mesh(config)), Checkpoints(folder / workdir.CHECKPOINTS, read_only=True) as checkpoints:
         run, step = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size), checkpoints.latest_step()
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
-        scores = run.evaluate(checkpoints.restore_params(run.abstract_state.params), corpus)
+        params = checkpoints.restore_params(run.abstract_state.params)
+        job.at("compiling")
+        scores = run.evaluate(params, corpus, lambda: job.at("evaluating"))
     console.say(console.table(f"step {step}", summary.held_out(scores["loss"], corpus)))
 
 
@@ -108,16 +121,19 @@ class Loop:
         corpus: Corpus,
         folder: Path,
         checkpoints: Checkpoints,
-        writer: MetricsWriter,
+        writer: MetricsWriter | None,
         peak: float | None,
+        job: Job,
     ):
         self.settings, self.corpus, self.folder, self.peak = run.config.train, corpus, folder, peak
-        self.run, self.checkpoints, self.writer = run, checkpoints, writer
+        self.run, self.checkpoints, self.writer, self.job = run, checkpoints, writer, job
         self.stop = Stop()
+        self.asked: str | None = None  # the signal that some process got, once all know of it
         self.pending: tuple[int, dict] | None = None  # a step whose metrics are still on the devices
         self.seconds: list[float] = []  # of each step since the last row
         self.skipped = 0  # non-finite steps in a row, as far as is known
         self.nonfinite = 0  # as many as halted the run
+        self.compiled_eval = False
         self.cut_off = False  # a signal ended the last evaluation
         self.save_failed = False
 
@@ -131,11 +147,13 @@ class Loop:
         with ExitStack() as stack:
             stack.enter_context(self.stop)
             self.progress = stack.enter_context(console.Progress(steps, step))
-            if step > 0 and (_due(every, step) or step == steps) and "eval" not in _logged(self.folder, step):
+            evaluated = self.job.agree("eval" in _logged(self.folder, step))[0]
+            if step > 0 and (_due(every, step) or step == steps) and not evaluated:
                 self.evaluate(state, step)  # a signal had left no time for it
-            if step < steps and not self.stop.asked:
+            if step < steps and not self.stopping():
                 step = self.take_steps(state, step, position)
-            self.wait_for_save()
+            self.wait_for_save(step)
+            self.job.at("ending", step)
         if self.nonfinite:
             raise cli.Exit(
                 cli.NONFINITE,
@@ -144,11 +162,17 @@ class Loop:
             )
         if self.save_failed:
             raise cli.Exit(cli.SAVE_FAILED, f"the last save failed; see above. {self.folder} has the one before it")
-        if self.stop.asked and (step < steps or self.cut_off):
+        if self.asked and (step < steps or self.cut_off):
             after = f"in the evaluation after step {step}" if self.cut_off else f"after step {step}"
-            raise cli.Exit(
-                cli.STOPPED, f"{self.stop.asked}: stopped {after}, saved; the same command goes on from there"
-            )
+            raise cli.Exit(cli.STOPPED, f"{self.asked}: stopped {after}, saved; the same command goes on from there")
+
+    def stopping(self) -> bool:
+        """Whether a signal has asked some process to end the run: all hear of it at the same point of the program."""
+        if self.asked is None:
+            asked = self.job.agree(self.stop.asked)
+            found = [f"{name} in {member}" for name, member in zip(asked, self.job.members, strict=True) if name]
+            self.asked = next(iter(found if self.job.count > 1 else filter(None, asked)), None)
+        return self.asked is not None
 
     def take_steps(self, state: TrainState, step: int, position: int) -> int:
         """Trains until the last step, a signal, or the limit of non-finite steps; returns the step it ended after."""
@@ -156,13 +180,15 @@ class Loop:
         first, last_profiled = (int(number) for number in (settings.profile or "1:0").split(":"))
         profiled, profiling = range(first, last_profiled + 1), False
         begin = time.monotonic()
+        self.job.at("compiling", step)
         self.progress.print("compiling the train step …")
         train_step = self.run.compile_train_step()
         self.progress.print(f"compiled in {time.monotonic() - begin:.1f} s")
         with closing(self.run.train_batches(self.corpus, position)) as batches:
             self.clock = time.monotonic()
+            self.job.at("training", step)
             for batch in to_mesh(batches, self.run.batch_shape, self.run.batch_sharding):
-                if step + 1 in profiled and not profiling:
+                if step + 1 in profiled and not profiling and self.job.first:
                     jax.profiler.start_trace(self.folder / "profile")
                     profiling = True
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
@@ -171,7 +197,7 @@ class Loop:
                 step, position = step + 1, position + settings.batch_size
                 self.pending = (step, device_metrics)
                 # Before the step under way is known, which may be finite again.
-                halt = self.stop.asked is not None or self.nonfinite > 0
+                halt = self.stopping() or self.nonfinite > 0
                 last = halt or step == settings.steps
                 evaluate = step == settings.steps or (_due(settings.eval_every, step) and not halt)
                 if profiling and (last or step + 1 not in profiled):
@@ -185,6 +211,7 @@ class Loop:
                     last = last or self.cut_off
                     if last or _due(settings.checkpoint_every, step):
                         self.save(step, state, {"position": position}, scores)
+                    self.job.at("training", step)
                     self.clock = time.monotonic()
                 if last:
                     break
@@ -196,7 +223,9 @@ class Loop:
             return
         step, device_metrics = self.pending
         self.pending = None
-        self.skipped = int(jax.device_get(device_metrics["skipped"])[1])
+        with self.job.waiting():
+            self.skipped = int(jax.device_get(device_metrics["skipped"])[1])
+        self.job.at("training", step)
         now = time.monotonic()
         self.seconds.append(now - self.clock)
         self.clock = now
@@ -213,14 +242,22 @@ class Loop:
     def evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
         """The figures that a checkpoint keeps; None where a signal cut the evaluation off."""
         self.progress.print(f"evaluating on {self.corpus.eval.targets:,} held-out tokens …")
-        scores = self.run.evaluate(state.params, self.corpus, lambda: self.stop.asked is not None)
-        self.cut_off = scores is None
+        self.job.at("evaluating" if self.compiled_eval else "compiling", step)
+
+        def after_batch() -> bool:
+            self.job.at("evaluating", step)
+            return self.stopping()
+
+        scores = self.run.evaluate(state.params, self.corpus, after_batch, self.job.waiting)
+        self.compiled_eval, self.cut_off = True, scores is None
         if scores is None:
             return None
         self.log(step, "eval", scores)
         return {"eval_loss": scores["loss"]}
 
     def log(self, step: int, split: str, values: dict) -> None:
+        if self.writer is None:  # the first process does it
+            return
         try:
             row = self.writer.write(step, split, values)
         except OSError as e:
@@ -233,21 +270,33 @@ class Loop:
 
     def save(self, step: int, state: TrainState, data: dict, scores: dict[str, float] | None) -> None:
         """Starts a checkpoint. One that fails is reported and tried again at the next; training goes on."""
-        for _ in range(2):  # the first error may be of the save before this one
-            try:
-                self.checkpoints.save(step, state, data, scores)
-                self.save_failed = False
-                return
-            except SaveError as error:
-                self.save_failed = True
-                self.progress.print(f"warning: {error}")
+        self.wait_for_save(step)
+        self.save_failed = not self.tried(lambda: self.checkpoints.save(step, state, data, scores))
 
-    def wait_for_save(self) -> None:
-        try:
-            self.checkpoints.wait()
-        except SaveError as error:
+    def wait_for_save(self, step: int) -> None:
+        """Returns when the last checkpoint is on disk."""
+        self.job.at("saving", step)
+        if not self.tried(self.checkpoints.wait):
             self.save_failed = True
+
+    def tried(self, part: Callable[[], None]) -> bool:
+        """Whether this part of a save succeeded, in all processes alike.
+
+        Raises:
+            cli.Exit: in some it did, in some not: Orbax's processes no longer wait for each other at the same places.
+        """
+        error = None
+        try:
+            with self.job.waiting():
+                part()
+        except SaveError as e:
+            error = str(e)
             self.progress.print(f"warning: {error}")
+        errors = self.job.agree(error, None if error is None else ALIKE_SECONDS)
+        failed = [f"{e} ({member})" for e, member in zip(errors, self.job.members, strict=True) if e is not None]
+        if 0 < len(failed) < len(errors):
+            raise cli.Exit(cli.SAVE_FAILED, f"{failed[0]}; the same command goes on from the checkpoint before it")
+        return not failed
 
 
 def _due(every: int, step: int) -> bool:

@@ -1,0 +1,34 @@
+"""A connection between two processes of a job: JSON lines over TCP."""
+
+import contextlib
+import json
+import socket
+import threading
+
+
+class Connection:
+    """One end of it. Any thread may send; one receives."""
+
+    def __init__(self, link: socket.socket):
+        self.link = link
+        self._lock, self._lines = threading.Lock(), link.makefile("rb")
+
+    def send(self, **message) -> None:
+        """Sends a message. Where the other is gone it is dropped: whoever receives finds that out."""
+        with self._lock, contextlib.suppress(OSError):
+            self.link.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> dict | None:
+        """The next message; None where the other is gone, or speaks something else."""
+        try:
+            line = self._lines.readline()
+            message = json.loads(line) if line.endswith(b"\n") else None
+        except (OSError, ValueError):
+            return None
+        return message if isinstance(message, dict) else None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.link.shutdown(socket.SHUT_RDWR)
+        self._lines.close()
+        self.link.close()

@@ -1,0 +1,114 @@
+"""A command in a job of several processes: it joins the others, and whatever ends it ends them all."""
+
+import contextlib
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import TextIO
+
+from absl import flags
+
+from maxsep.config import Config, cli, fields
+from maxsep.parallel import processes, rollcall
+from maxsep.parallel.job import ALONE, End, Job
+
+ALIKE = ("maxsep", "jax", "jaxlib")  # packages whose versions have to be the same in all processes
+
+
+def define(values: flags.FlagValues) -> None:
+    """The flags of a command that runs on several processes."""
+    processes.define(values)
+    flags.DEFINE_float(
+        "join_seconds", 300.0, "until a process counts as missing", lower_bound=0.001, flag_values=values
+    )
+
+
+@contextlib.contextmanager
+def joined(args: cli.Args, folder: Path, **more: str) -> Iterator[Job]:
+    """The job of this process, of one process where nothing says otherwise.
+
+    In a job of several, standard output is process 0's alone, and where the context ends the program does: when all
+    have come to their end, or when one has failed, with its error.
+
+    Args:
+        args: of the command, whose config has to be the same in all processes.
+        folder: of the run.
+        more: what else has to be the same, by the name it has on the command line.
+
+    Raises:
+        ConfigError, cli.Exit: the processes do not make a job.
+    """
+    process = processes.this(args.flags)
+    if process.count == 1:
+        yield ALONE
+        return
+    facts = _facts(args.config, {"--workdir": str(folder), **more})
+    members, connections = rollcall.call(process, facts, args.flags.join_seconds)
+    train = args.config.train
+    with _signals():
+        job = Job(members, process, connections, train.heartbeat_seconds, train.watchdog_seconds, folder)
+        sys.stdout = _output(job.first)
+        print(rollcall.described(members), flush=True)
+        error = None
+        try:
+            yield job
+            job.at("ending")
+        except KeyboardInterrupt as e:
+            what = f"stopped while {job.doing.phase}; the same command goes on from the latest checkpoint"
+            error = cli.Exit(cli.STOPPED, f"{e or 'SIGINT'} in {members[job.index]}: {what}")
+        except Exception as e:
+            error = e
+    _exit(job, error)
+
+
+def _output(first: bool) -> TextIO:
+    """Standard output of the program; to that of the libraries below it, which tell of each connection, nobody listens.
+
+    Nor to what other processes than the first say.
+    """
+    nowhere, number = os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    ours = os.dup(number if first else nowhere)
+    os.dup2(nowhere, number)
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    return open(ours, "w", buffering=1, encoding=encoding, errors=errors)
+
+
+def _exit(job: Job, error: Exception | None) -> None:
+    """Ends the process. Without Python's way out: JAX would wait there for processes that do not come."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    status, message = cli.outcome(error) if error else (cli.DONE, "")
+    end, told = job.leave(End(status, message))
+    if not told and error is not None:
+        cli.answer(error)
+    elif not told and end.message:
+        cli.answer(cli.Exit(end.status, end.message))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.status)
+
+
+def _facts(config: Config, more: Mapping[str, str]) -> dict[str, str]:
+    """What has to be the same in all processes, by name."""
+    settings = {field.path: repr(attrgetter(field.path)(config)) for field in fields()}
+    versions = {package: importlib.metadata.version(package) for package in ALIKE}
+    return settings | versions | dict(more)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """While inside, SIGTERM interrupts as SIGINT does. Training takes both over, to end after its step."""
+
+    def interrupt(number: int, frame) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
