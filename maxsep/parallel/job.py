@@ -155,7 +155,7 @@ class Job:
         if self.first:
             self._post(self._rounds, 0, value)
         else:
-            self.peers[0].connection.send(round=self._rounds, value=value)
+            self.peers[0].connection.send(round=self._rounds, value=value, doing=asdict(self.doing))
         with self.waiting():
             self._wait(lambda: self._rounds in self._agreed, time.monotonic() + (seconds or float("inf")))
         alone = [value if index == self.index else None for index in range(self.count)]
@@ -171,7 +171,7 @@ class Job:
             self._agreed[number] = agreed
             self._changed.notify_all()
         for peer in self.peers:
-            peer.connection.send(round=number, agreed=agreed)
+            peer.connection.send(round=number, agreed=agreed, doing=asdict(self.doing))
 
     def leave(self, end: End) -> tuple[End, bool]:
         """This process is about to exit, with `end`. Returns when all are; where it alone is, the others are ended.
@@ -214,10 +214,10 @@ class Job:
         """The thread of a connection."""
         while (message := peer.connection.receive()) is not None:
             peer.heard = time.monotonic()
+            if "doing" in message:
+                peer.doing = Doing(**message["doing"])
             with self._changed:
                 match message:
-                    case {"doing": doing}:
-                        peer.doing = Doing(**doing)
                     case {"round": number, "agreed": agreed}:
                         self._agreed[number] = agreed
                     case {"left": left}:
@@ -260,11 +260,12 @@ class Job:
         if any(doing.phase not in WATCHED or doing.seconds < self.watchdog for doing in doings):
             return
         none = f"nothing came to an end in {self.watchdog:g} s (train.watchdog_seconds)"
+        stacks = f"; what each is at: {self.folder}/stacks-*.txt"
         _, _, index = min((doing.waiting, doing.step, i) for i, doing in enumerate(doings))
         if doings[index].waiting:
             all_wait = "; ".join(f"process {i} in {doing}" for i, doing in enumerate(doings))
-            self._end(End(cli.PEER_LOST, f"{none}; all wait for each other: {all_wait}"))
-        self._end(End(cli.PEER_LOST, f"{self.members[index]} is stuck in {doings[index]}: {none}"))
+            self._end(End(cli.PEER_LOST, f"{none}; all wait for each other: {all_wait}{stacks}"))
+        self._end(End(cli.PEER_LOST, f"{self.members[index]} is stuck in {doings[index]}: {none}{stacks}"))
 
     def _lost(self, peer: Peer, how: str) -> None:
         self._end(End(cli.PEER_LOST, f"{peer.member} {how}, in {peer.doing}"), peer.member)

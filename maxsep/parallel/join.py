@@ -58,8 +58,8 @@ def joined(args: cli.Args, folder: Path, **more: str) -> Iterator[Job]:
             yield job
             job.at("ending")
         except KeyboardInterrupt as e:
-            what = f"stopped while {job.doing.phase}; the same command goes on from the latest checkpoint"
-            error = cli.Exit(cli.STOPPED, f"{e or 'SIGINT'} in {members[job.index]}: {what}")
+            what = f"stopped while {job.doing.phase}; the same command goes on from what is saved"
+            error = cli.Exit(cli.STOPPED, f"{e or 'SIGINT'}: {what}")
         except Exception as e:
             error = e
     _exit(job, error)
@@ -82,11 +82,13 @@ def _exit(job: Job, error: Exception | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     status, message = cli.outcome(error) if error else (cli.DONE, "")
+    if status == cli.CRASHED:
+        message += f", in {job.doing}"
     end, told = job.leave(End(status, message))
     if not told and error is not None:
         cli.answer(error)
-    elif not told and end.message:
-        cli.answer(cli.Exit(end.status, end.message))
+    if not told and end.message and (error is None or status == cli.CRASHED):
+        cli.answer(cli.Exit(end.status, f"{job.members[job.index]}: {message}" if error else end.message))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(end.status)

@@ -1,0 +1,216 @@
+"""Runs of several processes: the same results, ends to which all come, and going on with another number of them."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import kill
+import processes
+import pytest
+from runs import SMALL, checkpoints
+
+from maxsep.config import cli
+
+WIDE = SMALL | {"mesh__attention": 2, "mesh__expert": 2}
+LARGE = WIDE | {"mesh__attention": 4, "mesh__expert": 4, "train__batch_size": 16, "train__steps": 20}
+HEARTBEAT, WATCHDOG = 3, 8
+FAULTS = ("killed", "raising", "stopped", "stuck")
+
+
+def losses(workdir):
+    return {key: row["loss"] for key, row in kill.figures(workdir).items()}
+
+
+def close(one, other):
+    assert one.keys() == other.keys()
+    assert all(math.isclose(one[key], other[key], rel_tol=1e-9) for key in one), (one, other)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The run of `LARGE` in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    kill.train(folder, *kill.flags(data, **LARGE), env=kill.environment() | processes.QUICK)
+    return folder
+
+
+def test_two_processes_train_as_one_does(workdir, data, call, finished_run):
+    """And print from the first, and evaluate, and leave a run that one process evaluates alike."""
+    flags = kill.flags(data, **WIDE)
+    with processes.Processes(workdir, 2, *flags) as both:
+        assert both.ended() == [0, 0], both.all_printed()
+        printed = both.printed()
+        assert both.printed(1) == ""
+    assert re.match(r"2 processes on 1 host; \S+: 0 \(pid \d+\), 1 \(pid \d+\)\n", printed)
+    assert "4 x simulated CPU device in 2 processes" in printed and "Gloo" not in printed
+    close(losses(workdir), losses(finished_run))
+    assert json.loads((workdir / "config.json").read_text())["devices"]["processes"] == 2
+    status, printed, _ = call(workdir, "--mode=eval")
+    assert status == cli.DONE
+    assert f"{json.loads((workdir / 'summary.json').read_text())['eval_loss']:.4f}" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, moment, victim", [("killed", "step", 0), ("stuck", "step", 1), ("raising", "save", 1)])
+def test_all_end_where_one_fails(workdir, data, fault, moment, victim):
+    fails(workdir, data, fault, moment, victim)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("moment", ["step", "save"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_all_end_whatever_fails(workdir, data, fault, moment, victim):
+    fails(workdir, data, fault, moment, victim)
+
+
+def fails(workdir, data, fault, moment, victim):
+    """The other process ends in time and says who failed; the same command then goes on to the end."""
+    flags = kill.flags(
+        data,
+        **WIDE | {"train__steps": 6, "train__checkpoint_every": 2},
+        train__heartbeat_seconds=HEARTBEAT,
+        train__watchdog_seconds=WATCHDOG,
+    )
+    with processes.Processes(workdir, 2, *flags, fault=(victim, fault, moment, "4")) as both:
+        both.reach("step 3/6") if victim else both.children[1].wait(kill.LIMIT)
+        begin = (workdir / "metrics.jsonl").stat().st_mtime
+        statuses, seconds = both.ended(but=victim if fault == "stopped" else None), time.time() - begin
+        said = both.printed(1 - victim if fault in ("killed", "stopped") else 0)
+    assert statuses[1 - victim] in (cli.PEER_LOST, cli.SAVE_FAILED), both.all_printed()
+    assert seconds < {"stuck": WATCHDOG}.get(fault, HEARTBEAT) + 5, both.all_printed()
+    (line,) = re.findall(r"^error: .*", said, re.MULTILINE)
+    assert f"process {victim} (" in line or "all wait for each other" in line
+    assert re.search(r"step [234]\b", line), line
+    if fault != "raising":
+        assert (workdir / f"stacks-{1 - victim}.txt").read_text()
+    assert processes.train(workdir, 2, *flags).count("going on from step") == 1
+    assert sorted(step for step, split in kill.figures(workdir) if split == "train") == list(range(1, 7))
+
+
+MOMENTS = {
+    "compiling": lambda job: "compiling" in job.printed(),
+    "training": lambda job: "step   5/100" in job.printed(),
+    "evaluating": lambda job: "evaluating on" in job.printed(),
+    "saving": lambda job: any(job.workdir.glob("checkpoints/*.orbax-checkpoint-tmp")),
+    "preparing": lambda job: "preparing" in job.printed(),
+}
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_second_process_ends_the_run_saved(workdir, data, tmp_path):
+    signalled(workdir, data, tmp_path, "training", 1)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("phase", MOMENTS)
+def test_a_signal_to_either_process_ends_the_run_saved(workdir, data, tmp_path, phase, victim):
+    signalled(workdir, data, tmp_path, phase, victim)
+
+
+def signalled(workdir, data, tmp_path, phase, victim):
+    changed = {
+        "evaluating": {"train__eval_every": 5},
+        "saving": {"train__checkpoint_every": 3},
+        "preparing": {"data__path": kill.text(tmp_path, 20_000), "data__cache": tmp_path / "cache"},
+    }.get(phase, {})
+    with processes.Processes(workdir, 2, *kill.flags(data, **WIDE | {"train__steps": 100} | changed)) as both:
+        while not MOMENTS[phase](both):
+            assert all(child.poll() is None for child in both.children), both.all_printed()
+            time.sleep(0.002)
+        both.children[victim].send_signal(signal.SIGTERM)
+        assert both.ended(limit=60) == [cli.STOPPED] * 2, both.all_printed()
+        (line,) = re.findall(r"^error: .*", both.printed(), re.MULTILINE)
+        assert both.printed(1) == ""
+    assert "SIGTERM" in line
+    if phase == "preparing":
+        assert not workdir.exists() or not checkpoints(workdir)
+    else:
+        (step,) = re.findall(r"after step (\d+), saved", line)
+        assert checkpoints(workdir)[-1] == int(step)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_processes(workdir, data, tmp_path):
+    """Four, then two under another layout and mesh, then one: the curve of one process."""
+    shared = WIDE | {"train__steps": 6, "train__checkpoint_every": 2, "train__batch_size": 16}
+    undisturbed = tmp_path / "undisturbed"
+    kill.train(undisturbed, *kill.flags(data, **shared), env=kill.environment() | processes.QUICK)
+    changes = [{}, {"layout": "tp", "mesh__attention": 4, "mesh__expert": 1}, {"mesh__attention": 1, "mesh__expert": 2}]
+    decay = {"optimizer__decay_steps": 6}
+    for count, steps, change in zip((4, 2, 1), (2, 4, 6), changes, strict=True):
+        flags = kill.flags(data, **shared | change | decay | {"train__steps": steps})
+        if count > 1:
+            processes.train(workdir, count, *flags)
+        else:
+            kill.train(workdir, *flags, env=kill.environment() | processes.QUICK)
+    ran = {key: loss for key, loss in losses(workdir).items() if key[1] == "train"}
+    close(ran, {key: loss for key, loss in losses(undisturbed).items() if key in ran})
+    assert len(ran) == 6
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout, inner", [("ma", "attention"), ("ma", "expert"), ("ma_folded", "attention")])
+@pytest.mark.parametrize("count", [2, 4])
+def test_losses_are_those_of_one_process(workdir, data, alone, tmp_path, count, layout, inner):
+    """With expert traffic across processes where attention lies inside; repeated, the same bits."""
+    if layout == "ma_folded":
+        changed = LARGE | {"layout": layout, "model__experts": 16, "mesh__inner": inner}
+        one = tmp_path / "one"
+        kill.train(one, *kill.flags(data, **changed), env=kill.environment() | processes.QUICK)
+    else:
+        changed, one = LARGE | {"mesh__inner": inner}, alone
+    flags = kill.flags(data, **changed)
+    processes.train(workdir, count, *flags)
+    close(losses(workdir), losses(one))
+    again = tmp_path / "again"
+    processes.train(again, count, *flags)
+    assert losses(again) == losses(workdir) and kill.state(again) == kill.state(workdir)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_read_disjoint_rows(workdir, data, count):
+    """Where the batch is split across processes, and only there."""
+    read = []
+    for index in range(count):
+        flags = kill.flags(data, **LARGE | {"mesh__inner": "attention", "train__steps": 1})
+        with processes.Processes(workdir, count, *flags, fault=(index, "reading", "", "0")) as job:
+            assert job.ended() == [0] * count, job.all_printed()
+            (rows,) = re.findall(r"rows \[(.*)\] of 16", job.printed(index))
+        read += map(int, rows.split(","))
+        shutil.rmtree(workdir)
+    assert sorted(read) == list(range(16))
+
+
+@pytest.mark.slow
+def test_launch_starts_again_what_was_killed(workdir, data, tmp_path):
+    """Twice; the result has the bits of the undisturbed run, and no process is left."""
+    flags = kill.flags(data, **WIDE | {"train__steps": 30, "train__checkpoint_every": 3})
+    undisturbed = tmp_path / "undisturbed"
+    processes.train(undisturbed, 2, *flags)
+    command = [sys.executable, "-m", "maxsep.launch", "--processes=2", "--restarts=3", "--"]
+    environment = kill.environment() | processes.QUICK
+    job = [*command, str(kill.TRAIN), f"--workdir={workdir}", *flags]
+    launch = subprocess.Popen(job, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        for victim, step in ((1, 3), (0, 12)):
+            while not workdir.exists() or max(checkpoints(workdir), default=0) < step:
+                assert launch.poll() is None, launch.stderr.read()
+                time.sleep(0.01)
+            found = subprocess.run(["pgrep", "-P", str(launch.pid)], capture_output=True, text=True).stdout.split()
+            children = sorted(map(int, found))
+            subprocess.run(["kill", "-KILL", str(children[victim])], check=True)
+        said = launch.communicate(timeout=kill.LIMIT)[1]
+    finally:
+        launch.kill()
+    assert launch.returncode == 0, said
+    assert "launch: process 1 was killed by SIGKILL; " not in said or "start 2 of 4" in said
+    assert re.findall(r"start (\d) of 4", said) == ["2", "3"]
+    assert losses(workdir) == losses(undisturbed) and kill.state(workdir) == kill.state(undisturbed)
