@@ -1,7 +1,7 @@
 """Completes prompts with a run's model, or with --score tells how probable given texts are to it.
 
 Without flags: the newest run under runs/, its latest checkpoint, one device where there are no accelerators, prompts
-from standard input.
+from standard input. Several processes may hold one model: docs/multihost.md.
 """
 
 import sys
@@ -11,6 +11,7 @@ from absl import flags
 from maxsep.config import ConfigError, cli, paths
 from maxsep.inference import texts
 from maxsep.output import workdir
+from maxsep.parallel import join
 from maxsep.parallel.start import start
 
 
@@ -33,6 +34,7 @@ def define(values: flags.FlagValues) -> None:
     integer("batch_size", 16, 1, "prompts, or texts, at a time")
     string("score", None, 'file of texts to score: {"text": …} or {"tokens": […]} a line')
     string("json", None, "file to write, a JSON object a prompt or text")
+    join.define(values)
 
 
 def main(args: cli.Args) -> None:
@@ -43,20 +45,25 @@ def main(args: cli.Args) -> None:
     from maxsep.data import tokenizer  # imports NumPy, which would double the time that --help takes
 
     words, context = tokenizer.of(config), config.data.sequence_length
-    if options.score:
-        given = texts.to_score(options.score, words, context)
-    else:
-        given = texts.prompts(options.prompt, options.prompts, words, context)
-    config = start(config, args.fit_mesh, training=False)
-    from maxsep.inference.sampling import Sampling  # imports JAX, which must wait until the flags are right
-    from maxsep.inference.session import Session
+    with join.joined(args, folder) as job:
+        given = None
+        if job.first:  # which alone has a standard input
+            if options.score:
+                given = texts.to_score(options.score, words, context)
+            else:
+                given = texts.prompts(options.prompt, options.prompts, words, context)
+        given = job.agree(given)[0]
+        config = start(config, args.fit_mesh, training=False, job=job)
+        from maxsep.inference.sampling import Sampling  # imports JAX, which must wait until the flags are right
+        from maxsep.inference.session import Session
 
-    session = Session(config, folder, options.step, words)
-    if options.score:
-        session.score(given, options.batch_size, options.json)
-    else:
-        sampling = Sampling.of(options.temperature, options.top_k, options.top_p, options.seed)
-        session.generate(given, options.max_new_tokens, sampling, options.batch_size, options.json)
+        session = Session(config, folder, options.step, words, job)
+        if options.score:
+            session.score(given, options.batch_size, options.json)
+        else:
+            given = [texts.Prompt(*prompt) for prompt in given]
+            sampling = Sampling.of(options.temperature, options.top_k, options.top_p, options.seed)
+            session.generate(given, options.max_new_tokens, sampling, options.batch_size, options.json)
 
 
 def check(options: flags.FlagValues) -> None:

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep.inference.program import Program
 from maxsep.inference.sampling import Sampling
+from maxsep.parallel.job import ALONE, Job
+from maxsep.parallel.sharding import fetched
 
 TURN_SECONDS = 0.05  # of decoding between two looks at the new tokens, about
 SIZES = 32  # new tokens and slots are made for multiples of it, so that few programs are compiled
@@ -48,8 +50,8 @@ class Turn(NamedTuple):
 class Generator:
     """A model with its weights, on the mesh that `jax.set_mesh` has set."""
 
-    def __init__(self, program: Program, weights: dict):
-        self.program, self.weights = program, weights
+    def __init__(self, program: Program, weights: dict, job: Job = ALONE):
+        self.program, self.weights, self.job = program, weights, job
         self.compile_seconds = 0.0
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
@@ -91,7 +93,7 @@ class Generator:
         before, start = 0, 0.0  # tokens until now, and the seconds that they took
         while True:
             busy, made = bool(state.busy), int(state.made)
-            tokens_bn, logprobs_bn = np.asarray(state.tokens_bn)[0], np.asarray(state.logprobs_bn)[0]
+            tokens_bn, logprobs_bn = fetched(state.tokens_bn)[0], fetched(state.logprobs_bn)[0]
             end = start + time.perf_counter() - begin
             yield Turn(before, made, start, end, tokens_bn, logprobs_bn)
             if not busy:
@@ -99,9 +101,10 @@ class Generator:
             # The first token is not kept waiting for this program.
             decode = self._compiled("decode", key, self._decode, state, sampling)
             pace = 1 if before == 0 else max(1, int(TURN_SECONDS * (made - before) / (end - start)))
+            pace = self.job.agree(most or pace)[0]  # clocks differ
             before, start = made, end
             begin = time.perf_counter()
-            state = decode(self.weights, state, sampling, np.int32(made + (most or pace)))
+            state = decode(self.weights, state, sampling, np.int32(made + pace))
 
     def _take(self, completion: Completion, turn: "Turn", row: int, limit: int) -> None:
         """Adds a turn's tokens, which came evenly between its start and its end."""

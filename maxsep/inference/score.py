@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep.inference.generate import padded
 from maxsep.inference.program import Program
+from maxsep.parallel.sharding import fetched
 
 
 def score(program: Program, weights: dict, texts: Sequence[Sequence[int]], batch_size: int) -> list[list[float]]:
@@ -27,6 +28,6 @@ def score(program: Program, weights: dict, texts: Sequence[Sequence[int]], batch
             length_b[row] = len(ids) - 1
             tokens_bs[row, : len(ids) - 1], targets_bs[row, : len(ids) - 1] = ids[:-1], ids[1:]
         arrays = jax.device_put(tokens_bs, whole), jax.device_put(targets_bs, whole), jax.device_put(length_b, rows)
-        scores_bs = np.asarray(step(weights, *arrays))[0]
+        scores_bs = fetched(step(weights, *arrays))[0]
         found += [scores_bs[row, : len(ids) - 1].tolist() for row, ids in enumerate(batch)]
     return found

@@ -19,6 +19,7 @@ from maxsep.measure.timing import spread
 from maxsep.output import metrics
 from maxsep.output.console import say, table
 from maxsep.output.durable import write_text
+from maxsep.parallel.job import ALONE, Job
 from maxsep.parallel.mesh import describe, make_mesh
 
 
@@ -30,14 +31,15 @@ class Session:
         folder: of the run.
         step: of the checkpoint: a number, `latest` or `best`.
         tokenizer: the run's.
+        job: this process and the others.
 
     Raises:
         ConfigError: the checkpoint cannot be used.
     """
 
-    def __init__(self, config: Config, folder: Path, step: str, tokenizer):
+    def __init__(self, config: Config, folder: Path, step: str, tokenizer, job: Job = ALONE):
         begin = time.perf_counter()
-        self.config, self.tokenizer, self.mesh = config, tokenizer, make_mesh(config)
+        self.config, self.tokenizer, self.mesh, self.job = config, tokenizer, make_mesh(config), job
         with jax.set_mesh(self.mesh):
             self.program = Program(config, tokenizer.end_of_text, tokenizer.vocab_size)
             self.weights, number = load(self.program, folder, step)
@@ -51,7 +53,7 @@ class Session:
         """Completes the prompts and prints them as they come; `most` new tokens each, `file` for JSON lines."""
         done: list[Completion] = []
         with jax.set_mesh(self.mesh):
-            generator = Generator(self.program, self.weights)
+            generator = Generator(self.program, self.weights, self.job)
             begin = time.perf_counter()
             for first in range(0, len(prompts), batch_size):
                 batch = prompts[first : first + batch_size]
@@ -65,7 +67,7 @@ class Session:
         seconds = time.perf_counter() - begin - generator.compile_seconds
         say("")
         say(self._times(prompts, done, most, seconds, generator.compile_seconds))
-        if file is not None:
+        if file is not None and self.job.first:
             rows = (
                 {
                     "prompt": prompt.text,
@@ -109,7 +111,7 @@ class Session:
             entries["loss"] = f"{loss:.6f} nats/token (perplexity {metrics.perplexity(loss):,.2f})"
         entries["time"] = f"{time.perf_counter() - begin:.1f} s, compiling included"
         say(table("scores", entries))
-        if file is not None:
+        if file is not None and self.job.first:
             _write(file, ({"tokens": list(ids), "logprobs": [None, *of]} for ids, of in zip(texts, found, strict=True)))
 
 

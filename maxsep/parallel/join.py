@@ -5,14 +5,14 @@ import importlib.metadata
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import TextIO
 
 from absl import flags
 
-from maxsep.config import Config, cli, fields
+from maxsep.config import cli, fields
 from maxsep.parallel import processes, rollcall
 from maxsep.parallel.job import ALONE, End, Job
 
@@ -28,16 +28,15 @@ def define(values: flags.FlagValues) -> None:
 
 
 @contextlib.contextmanager
-def joined(args: cli.Args, folder: Path, **more: str) -> Iterator[Job]:
+def joined(args: cli.Args, folder: Path | None) -> Iterator[Job]:
     """The job of this process, of one process where nothing says otherwise.
 
     In a job of several, standard output is process 0's alone, and where the context ends the program does: when all
     have come to their end, or when one has failed, with its error.
 
     Args:
-        args: of the command, whose config has to be the same in all processes.
-        folder: of the run.
-        more: what else has to be the same, by the name it has on the command line.
+        args: of the command, which have to be the same in all processes.
+        folder: of the run, where stacks are written; None: nowhere.
 
     Raises:
         ConfigError, cli.Exit: the processes do not make a job.
@@ -46,8 +45,7 @@ def joined(args: cli.Args, folder: Path, **more: str) -> Iterator[Job]:
     if process.count == 1:
         yield ALONE
         return
-    facts = _facts(args.config, {"--workdir": str(folder), **more})
-    members, connections = rollcall.call(process, facts, args.flags.join_seconds)
+    members, connections = rollcall.call(process, _facts(args, folder), args.flags.join_seconds)
     train = args.config.train
     with _signals():
         job = Job(members, process, connections, train.heartbeat_seconds, train.watchdog_seconds, folder)
@@ -94,11 +92,14 @@ def _exit(job: Job, error: Exception | None) -> None:
     os._exit(end.status)
 
 
-def _facts(config: Config, more: Mapping[str, str]) -> dict[str, str]:
+def _facts(args: cli.Args, folder: Path | None) -> dict[str, str]:
     """What has to be the same in all processes, by name."""
-    settings = {field.path: repr(attrgetter(field.path)(config)) for field in fields()}
+    own = (*processes.FLAGS, "join_seconds", "workdir")  # a folder may be given relative to another
+    names = [name for name in args.flags if name not in own and not name.startswith("config")]
+    given = {f"--{name}": str(args.flags[name].value) for name in names}
+    settings = {field.path: repr(attrgetter(field.path)(args.config)) for field in fields()}
     versions = {package: importlib.metadata.version(package) for package in ALIKE}
-    return settings | versions | dict(more)
+    return settings | given | {"--workdir": str(folder), "command": str(args.command)} | versions
 
 
 @contextlib.contextmanager

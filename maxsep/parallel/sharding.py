@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxsep.config.layouts import AXES
@@ -75,3 +77,10 @@ def on_mesh(abstract):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, abstract)
+
+
+def fetched(array: jax.Array) -> np.ndarray:
+    """All of an array over the mesh, in each process of the job; all have to ask for it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
