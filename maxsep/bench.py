@@ -8,7 +8,7 @@ time to read the weights and the cache that a step needs, at the measured speed 
 timed in which a layer's experts can take the tokens of each batch size: the program chooses by the number of tokens.
 
 With --peers other systems time the same, each in its own process, in turns, so that whatever else the machine does
-slows all of them.
+slows all of them. Without them, `bench train` runs on several processes too.
 """
 
 import json
@@ -20,6 +20,8 @@ from absl import flags
 from maxsep.config import Config, ConfigError, cli, paths
 from maxsep.measure import peers, plots, report
 from maxsep.measure.timing import measurement, timed
+from maxsep.parallel import join, processes
+from maxsep.parallel.job import Job
 from maxsep.parallel.start import start
 
 PRODUCTS = 3  # matrix products a turn
@@ -46,6 +48,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("peers", None, "folder that benchmarks/peers/setup.sh made: compare", flag_values=values)
     flags.DEFINE_boolean("parts", False, "train: also profile the parts of the step (on a CPU)", flag_values=values)
     flags.DEFINE_string("json", None, "file to write, a JSON object a measurement", flag_values=values)
+    join.define(values)
 
 
 def main(args: cli.Args) -> None:
@@ -64,7 +67,21 @@ def main(args: cli.Args) -> None:
     if options.plot:
         paths.to_write("--plot", options.plot)
         plots.check("--plot")
-    config = start(args.config, fit_mesh=False, training=training)
+    alone = [
+        what for what, asked in (("decode", not training), ("--peers", names), ("--parts", options.parts)) if asked
+    ]
+    if alone and processes.this(options).count > 1:
+        raise ConfigError(
+            f"--num_processes: got {processes.this(options).count}; takes 1, as {alone[0]} is one process"
+        )
+    with join.joined(args, None) as job:
+        measure(args, names, contexts, batches, job)
+
+
+def measure(args: cli.Args, names: list[str], contexts: list[int], batches: list[int], job: Job) -> None:
+    """Measures, prints, and writes what the flags ask for; the first process does for all."""
+    options, training = args.flags, args.command == "train"
+    config = start(args.config, fit_mesh=False, training=training, job=job)
 
     import jax
 
@@ -76,6 +93,8 @@ def main(args: cli.Args) -> None:
     with jax.set_mesh(make_mesh(config)):
         if training:
             results = train(config, names, options)
+            if job.count > 1:  # what they need cannot be told from what others need
+                results = [result | {"other_cpu": None} for result in results]
             print(report.train(results), flush=True)
         else:
             from maxsep.inference import speed
@@ -92,7 +111,7 @@ def main(args: cli.Args) -> None:
     if options.plot:
         drawn = [result for result in results if "tpot_seconds" in result]
         plots.decoding(drawn, paths.to_write("--plot", options.plot))
-    if options.json:
+    if options.json and job.first:
         lines = "".join(f"{json.dumps(result)}\n" for result in results)
         paths.to_write("--json", options.json).write_text(lines, encoding="utf-8")
 
@@ -198,7 +217,10 @@ def facts(config: Config) -> dict:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from maxsep.parallel.connection import Connection
 from maxsep.parallel.processes import Process
 
 RETRY = 0.2  # seconds between two attempts to reach process 0
+LATE = 3.0  # seconds in which the others still come, to hear why there will be no job
 INTRODUCTION = 5.0  # seconds that a connection may take to say who it is
 
 
@@ -67,22 +68,26 @@ def described(members: list[Member]) -> str:
 def _gather(process: Process, me: Member, seconds: float) -> tuple[list[Member], list[Connection]]:
     end, found, wrong = time.monotonic() + seconds, [(me, None)], None
     with _listener(process) as listener:
-        while wrong is None and len(found) < process.count:
+        while len(found) < process.count:
             listener.settimeout(max(0.001, end - time.monotonic()))
             try:
                 connection = Connection(listener.accept()[0])
             except TimeoutError:
-                wrong = _missing([member for member, _ in found], seconds)
+                wrong = wrong or _missing([member for member, _ in found], seconds)
                 break
-            if member := _introduced(connection):
-                wrong = _differs(member, [other for other, _ in found])
-                found.append((member, connection))
+            if (member := _introduced(connection)) is None:
+                continue
+            if wrong is None and (wrong := _differs(member, [other for other, _ in found])):
+                end = min(end, time.monotonic() + LATE)
+            found.append((member, connection))
     found.sort(key=lambda pair: pair[0].index)
     members = [member for member, _ in found]
     connections = [connection for _, connection in found if connection is not None]
     for connection in connections:
         connection.send(refused=wrong, members=[asdict(member) for member in members])
     if wrong is not None:
+        for connection in connections:
+            connection.close()
         raise ConfigError(wrong)
     return members, connections
 
@@ -155,6 +160,7 @@ def _answer(process: Process, me: Member, seconds: float) -> tuple[list[Member],
             time.sleep(RETRY)
             continue
         if reply["refused"] is not None:
+            connection.close()
             told = reply["members"][0]["host"] == me.host
             raise cli.Exit(cli.USER_ERROR, "" if told else reply["refused"])
         connection.link.settimeout(None)

@@ -1,0 +1,77 @@
+"""The roll call, between threads of this process."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from processes import free_port
+
+from maxsep.config import ConfigError, cli
+from maxsep.parallel import rollcall
+from maxsep.parallel.processes import Process
+
+FACTS = {"train.steps": "3", "jax": "0.12"}
+
+
+def called(*callers, seconds=5.0, port=None):
+    """What came of the roll calls of (index, count, facts) at the same time: members, or an error's line."""
+    port = port or free_port()
+
+    def call(caller):
+        index, count, facts = caller
+        try:
+            members, connections = rollcall.call(Process(index, count, "localhost", port), facts, seconds)
+        except (ConfigError, cli.Exit) as error:
+            return str(error)
+        for connection in connections:
+            connection.close()
+        return [member.index for member in members]
+
+    with ThreadPoolExecutor(len(callers)) as threads:
+        return list(threads.map(call, callers))
+
+
+def test_all_hear_of_all():
+    assert called(*((index, 3, FACTS) for index in (2, 0, 1))) == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize(
+    "callers, starts",
+    [
+        ([(0, 2, FACTS), (1, 2, FACTS | {"train.steps": "4"})], "train.steps: got 4 in process 1 (pid "),
+        ([(0, 2, FACTS), (1, 2, {"jax": "0.12"})], "train.steps: got None in process 1 (pid "),
+        ([(0, 2, FACTS), (1, 3, FACTS)], "--num_processes: got 3 in process 1 (pid "),
+        ([(0, 3, FACTS), (1, 3, FACTS), (1, 3, FACTS)], "--process_id: got 1 in two processes"),
+        ([(0, 2, FACTS), (0, 2, FACTS)], "--coordinator: cannot listen on port "),
+    ],
+)
+def test_a_difference_is_one_line_of_the_first(callers, starts):
+    told = [line for line in called(*callers, seconds=1.0) if isinstance(line, str) and line.startswith(starts)]
+    assert len(told) == 1 and "\n" not in told[0] and "; takes " in told[0]
+
+
+def test_the_missing_are_named():
+    (said,) = called((0, 4, FACTS), seconds=0.3)
+    assert said.startswith("--num_processes: got 4, but processes 1, 2, 3 did not come within 0.3 s (--join_seconds)")
+    (said,) = called((1, 4, FACTS), seconds=0.3)
+    assert said.startswith("--coordinator: got localhost:") and "process 0 was not reached within 0.3 s" in said
+
+
+def test_who_is_no_process_is_sent_away():
+    port = free_port()
+
+    def disturb():
+        while True:
+            try:
+                with socket.create_connection(("localhost", port)) as stranger:
+                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    return stranger.recv(100)
+            except ConnectionRefusedError:
+                continue
+            except ConnectionResetError:
+                return b""
+
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(disturb)
+        assert called((0, 2, FACTS), (1, 2, FACTS), port=port) == [[0, 1]] * 2
+        assert answer.result(10) == b""
