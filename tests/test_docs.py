@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from maxsep import bench, prepare
+from maxsep import bench, launch, prepare
 from maxsep.config import CHOICES, cli, fields
 from maxsep.output.workdir import RESUME_MAY_CHANGE
 
@@ -29,6 +29,7 @@ PAGES = [p for pattern in ("*.md", "docs/*.md", "configs/*.py") for p in sorted(
 TOOLS = {
     "train.py": {"define": train.define, "default_config": "configs/tiny.py"},
     "infer.py": {"define": infer.define, "default_config": "configs/tiny.py"},  # whose run need not be there
+    "maxsep.launch": {"define": launch.define},
     "maxsep.prepare": {"define": prepare.define, "default_config": "configs/tiny.py"},
     "maxsep.bench": {"define": bench.define, "default_config": "configs/bench.py", "commands": ("train", "decode")},
 }
@@ -83,7 +84,7 @@ def test_the_rules_of_resuming_are_the_codes():
 def test_the_exit_statuses_are_the_codes():
     page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \|", page.split("## Exit statuses")[1].split("\n## ")[0], re.MULTILINE)
-    statuses = {cli.DONE, cli.USER_ERROR, cli.CRASHED, cli.NONFINITE, cli.SAVE_FAILED, cli.STOPPED}
+    statuses = {cli.DONE, cli.USER_ERROR, cli.CRASHED, cli.PEER_LOST, cli.NONFINITE, cli.SAVE_FAILED, cli.STOPPED}
     assert set(map(int, rows)) == statuses | {130}
 
 
@@ -92,7 +93,13 @@ def commands(text: str) -> list[list[str]]:
     lines = re.findall(
         r"^(?:    )?(?:[\w$ .<-]*&& )?(python (?:train\.py|infer\.py|-m maxsep\.\w+)(?: .*)?)$", text, re.MULTILINE
     )
-    return [shlex.split(line.partition("#")[0])[1:] for line in lines]
+    found = [shlex.split(line.partition("#")[0])[1:] for line in lines]
+    for command in found:
+        if "--" in command:  # launch, and what it starts
+            end = command.index("--")
+            found.append(command[end + 1 :])
+            del command[end:]
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
