@@ -28,8 +28,8 @@ def test_neighbours_lie_along_the_inner_axis():
     "shape, changed, axis",
     [
         ((4, 4), {}, "expert"),  # 1 + 4 against 2 x 4 x 2: dropless, every device may get all
-        ((4, 4), {"capacity_factor": 1.0}, "attention"),  # 1 + 4 against 2 x 2
-        ((2, 8), {"capacity_factor": 1.0}, "expert"),  # 1 + 2 against 2 x 2
+        ((4, 4), {"model": {"capacity_factor": 1.0}}, "attention"),  # 1 + 4 against 2 x 2
+        ((2, 8), {"model": {"capacity_factor": 1.0}}, "expert"),  # 1 + 2 against 2 x 2
         ((4, 4), {"layout": "tp"}, "attention"),
         ((16, 1), {}, "attention"),
         ((1, 16), {}, "expert"),
