@@ -245,7 +245,9 @@ class Job:
         while True:
             time.sleep(BEAT)
             now = time.monotonic()
-            if now - last > BEAT + PAUSE:  # this process was held: the others' words lie unread
+            held = now - last > BEAT + PAUSE  # this process was: the others' words lie unread
+            if held:
+                self._since += now - last
                 for peer in self.peers:
                     peer.heard = now
             last, doing = now, self.doing
@@ -253,7 +255,7 @@ class Job:
                 peer.connection.send(doing=asdict(doing))
                 if now - peer.heard > self.heartbeat and peer.left is None:
                     self._lost(peer, f"has been silent for {self.heartbeat:g} s (train.heartbeat_seconds)")
-            if self.first:
+            if self.first and not held:
                 self._look_for_stuck([doing, *(peer.doing for peer in self.peers)])
 
     def _look_for_stuck(self, doings: list[Doing]) -> None:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
 from maxsep.config import ConfigError, cli
@@ -83,6 +83,7 @@ def _gather(process: Process, me: Member, seconds: float) -> tuple[list[Member],
     found.sort(key=lambda pair: pair[0].index)
     members = [member for member, _ in found]
     connections = [connection for _, connection in found if connection is not None]
+    members = [replace(member, facts={}) for member in members]  # which are many, and no longer needed
     for connection in connections:
         connection.send(refused=wrong, members=[asdict(member) for member in members])
     if wrong is not None:
