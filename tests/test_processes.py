@@ -292,3 +292,26 @@ def test_a_port_in_use_is_one_line(data, tmp_path):
         command = [*job(0), there, f"--workdir={tmp_path / 'run'}"]
         statuses, said, _ = answers(data, command)
     assert statuses == [cli.USER_ERROR] and said[0][0].startswith("error: --coordinator: cannot listen on port ")
+
+
+@pytest.mark.exhaustive
+def test_no_process_outlives_launch(workdir, data):
+    flags = kill.flags(data, **WIDE | {"train__steps": 1000})
+    command = [sys.executable, "-m", "maxsep.launch", "--processes=2", "--", str(kill.TRAIN), f"--workdir={workdir}"]
+    launch = subprocess.Popen(
+        [*command, *flags], env=kill.environment() | processes.QUICK, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
+            assert launch.poll() is None, launch.stderr.read()
+            time.sleep(0.1)
+    finally:
+        launch.kill()
+        launch.communicate()
+    end = time.monotonic() + 60
+    while (
+        found := subprocess.run(["pgrep", "-f", str(workdir)], capture_output=True).stdout
+    ) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert not found
+    assert saved(workdir), "SIGTERM reached the processes when their parent was killed"

@@ -286,7 +286,8 @@ class Job:
         if self.first:
             self._send_home(end, end)
         if next(member for member in self.here if member != lost) == self.members[self.index]:  # one speaks on a host
-            os.write(2, f"error: {end.message}\n".encode())
+            with contextlib.suppress(OSError):  # nobody listens
+                os.write(2, f"error: {end.message}\n".encode())
         if end.status == cli.PEER_LOST and self.folder is not None:
             with contextlib.suppress(OSError), (self.folder / f"stacks-{self.index}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)

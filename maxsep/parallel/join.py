@@ -83,12 +83,13 @@ def _exit(job: Job, error: Exception | None) -> None:
     if status == cli.CRASHED:
         message += f", in {job.doing}"
     end, told = job.leave(End(status, message))
-    if not told and error is not None:
-        cli.answer(error)
-    if not told and end.message and (error is None or status == cli.CRASHED):
-        cli.answer(cli.Exit(end.status, f"{job.members[job.index]}: {message}" if error else end.message))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody listens
+        if not told and error is not None:
+            cli.answer(error)
+        if not told and end.message and (error is None or status == cli.CRASHED):
+            cli.answer(cli.Exit(end.status, f"{job.members[job.index]}: {message}" if error else end.message))
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(end.status)
 
 

@@ -55,7 +55,7 @@ def start(config: Config, fit_mesh: bool, training: bool = True, job: Job = ALON
     from maxsep.parallel.mesh import describe
 
     devices = jax.devices()
-    if fit_mesh and (devices[0].platform != "cpu" or job.count > 1):
+    if fit_mesh and (devices[0].platform != "cpu" or (job.count > 1 and config.mesh.devices != len(devices))):
         config = fitted(config, len(devices), training)
         print(f"mesh fitted to {describe(devices)}: {config.mesh}", flush=True)
     if job.count > 1 and config.mesh.devices != len(devices):
