@@ -3,6 +3,7 @@
 import glob
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -208,9 +209,8 @@ def test_launch_starts_again_what_was_killed(workdir, data, tmp_path):
             while max(saved(workdir), default=0) < step:
                 assert launch.poll() is None, launch.stderr.read()
                 time.sleep(0.01)
-            found = subprocess.run(["pgrep", "-P", str(launch.pid)], capture_output=True, text=True).stdout.split()
-            children = sorted(map(int, found))
-            subprocess.run(["kill", "-KILL", str(children[victim])], check=True)
+            children = [pid for pid in processes.running(str(workdir)) if pid != launch.pid]
+            os.kill(children[victim], signal.SIGKILL)
         said = launch.communicate(timeout=kill.LIMIT)[1]
     finally:
         launch.kill()
