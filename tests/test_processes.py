@@ -315,3 +315,24 @@ def test_no_process_outlives_launch(workdir, data):
         time.sleep(0.5)
     assert not found
     assert saved(workdir), "SIGTERM reached the processes when their parent was killed"
+
+
+@pytest.mark.slow
+def test_two_processes_complete_texts_as_one_does(finished_run, tmp_path):
+    """From standard input, which the first reads; and print once."""
+    found = []
+    for launch, mesh in ([], (1, 1)), (["-m", "maxsep.launch", "--processes=2", "--"], (2, 2)):
+        file = tmp_path / f"{len(found)}.jsonl"
+        shape = [f"--config.mesh.{axis}={size}" for axis, size in zip(("attention", "expert"), mesh, strict=True)]
+        flags = [f"--workdir={finished_run}", "--max_new_tokens=12", f"--json={file}", *shape]
+        command = [sys.executable, *launch, str(kill.TRAIN.with_name("infer.py")), *flags]
+        environment = kill.environment() | processes.QUICK
+        done = subprocess.run(
+            command, input="abc\ndefgh\n", env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("new tokens") == 1
+        found.append([json.loads(line) for line in file.read_text().splitlines()])
+    for one, two in zip(*found, strict=True):
+        assert one["tokens"] == two["tokens"]
+        assert all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(one["logprobs"], two["logprobs"], strict=True))

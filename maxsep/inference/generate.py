@@ -92,8 +92,10 @@ class Generator:
         state = prefill(self.weights, *batch.arrays, sampling)
         before, start = 0, 0.0  # tokens until now, and the seconds that they took
         while True:
-            busy, made = bool(state.busy), int(state.made)
-            tokens_bn, logprobs_bn = fetched(state.tokens_bn)[0], fetched(state.logprobs_bn)[0]
+            self.job.at("generating")
+            with self.job.waiting():
+                busy, made = bool(state.busy), int(state.made)
+                tokens_bn, logprobs_bn = fetched(state.tokens_bn)[0], fetched(state.logprobs_bn)[0]
             end = start + time.perf_counter() - begin
             yield Turn(before, made, start, end, tokens_bn, logprobs_bn)
             if not busy:
@@ -124,6 +126,7 @@ class Generator:
 
     def _compiled(self, name: str, key: tuple, lowered: Callable, *args):
         if (name, key) not in self._programs:
+            self.job.at("compiling")
             begin = time.perf_counter()
             self._programs[name, key] = lowered(*args).compile()
             self.compile_seconds += time.perf_counter() - begin

@@ -6,16 +6,18 @@ from maxsep.config import ConfigError
 from maxsep.inference.program import Program
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import CHECKPOINTS
+from maxsep.parallel.job import ALONE, Job
 from maxsep.parallel.sharding import on_mesh
 
 
-def load(program: Program, folder: Path, step: str) -> tuple[dict, int]:
+def load(program: Program, folder: Path, step: str, job: Job = ALONE) -> tuple[dict, int]:
     """The weights that `program` takes of the run in `folder`, and the step that they are of.
 
     Args:
         program: of the run's config, on any mesh.
         folder: of the run; nothing in it is changed.
         step: a number, `latest`, or `best` (of the lowest held-out loss).
+        job: this process and the others.
 
     Raises:
         ConfigError: there is no such checkpoint, it cannot be read, or it is of another model.
@@ -29,4 +31,5 @@ def load(program: Program, folder: Path, step: str) -> tuple[dict, int]:
                 raise ConfigError(f"--step: got best, but no checkpoint in {folder} has been evaluated")
         else:
             number = int(step)
+        number = job.agree(number)[0]
         return program.weights(checkpoints.restore_params(on_mesh(program.abstract_params), number, cast=True)), number

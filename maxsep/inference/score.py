@@ -9,10 +9,13 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep.inference.generate import padded
 from maxsep.inference.program import Program
+from maxsep.parallel.job import ALONE, Job
 from maxsep.parallel.sharding import fetched
 
 
-def score(program: Program, weights: dict, texts: Sequence[Sequence[int]], batch_size: int) -> list[list[float]]:
+def score(
+    program: Program, weights: dict, texts: Sequence[Sequence[int]], batch_size: int, job: Job = ALONE
+) -> list[list[float]]:
     """The log-probabilities (nats) of each text's ids from the second on, `batch_size` texts at a time."""
     axes, mesh = program.layout.axes("b"), jax.sharding.get_mesh()
     whole, rows = NamedSharding(mesh, P(axes, None)), NamedSharding(mesh, P(axes))
@@ -28,6 +31,9 @@ def score(program: Program, weights: dict, texts: Sequence[Sequence[int]], batch
             length_b[row] = len(ids) - 1
             tokens_bs[row, : len(ids) - 1], targets_bs[row, : len(ids) - 1] = ids[:-1], ids[1:]
         arrays = jax.device_put(tokens_bs, whole), jax.device_put(targets_bs, whole), jax.device_put(length_b, rows)
-        scores_bs = fetched(step(weights, *arrays))[0]
+        job.at("scoring" if first else "compiling")
+        scores = step(weights, *arrays)
+        with job.waiting():
+            scores_bs = fetched(scores)[0]
         found += [scores_bs[row, : len(ids) - 1].tolist() for row, ids in enumerate(batch)]
     return found

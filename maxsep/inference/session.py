@@ -42,7 +42,7 @@ class Session:
         self.config, self.tokenizer, self.mesh, self.job = config, tokenizer, make_mesh(config), job
         with jax.set_mesh(self.mesh):
             self.program = Program(config, tokenizer.end_of_text, tokenizer.vocab_size)
-            self.weights, number = load(self.program, folder, step)
+            self.weights, number = load(self.program, folder, step, job)
         on = f"{describe(list(self.mesh.devices.flat))}, {config.layout}: {config.mesh}"
         say(f"maxsep: {paths.shown(folder)}, step {number}, {config.model.dtype}, on {on}")
         say(f"loaded in {time.perf_counter() - begin:.1f} s")
@@ -103,7 +103,7 @@ class Session:
         """Prints the perplexity of the texts; writes each token's log-probability to `file` as JSON lines."""
         begin = time.perf_counter()
         with jax.set_mesh(self.mesh):
-            found = score.score(self.program, self.weights, texts, batch_size)
+            found = score.score(self.program, self.weights, texts, batch_size, self.job)
         count = sum(map(len, found))
         entries = {"texts": f"{len(texts)}, {sum(map(len, texts))} tokens, {count} of them after another"}
         if count:

@@ -46,6 +46,7 @@ RESUME_MAY_CHANGE = (
     "model.attention_kernel",
 )
 
+SHARED = "takes a folder that all processes share"
 SHARED_SECONDS = 10.0  # until a file of another host is seen: network file systems remember what was not there
 CHECKPOINTS = "checkpoints"  # a step's folder in it appears when the step is saved whole
 
@@ -184,36 +185,37 @@ def check_resume(
     return config
 
 
-def check_shared(folder: Path, job: Job, *found) -> None:
-    """Makes sure that all processes of the job see one and the same folder.
-
-    Args:
-        folder: of the run; made where it is missing.
-        job: this process and the others.
-        found: what this process has found there; each must have found the same.
+def check_alike(folder: Path, job: Job, *found) -> None:
+    """Makes sure that all processes of the job have found the same in a run's folder.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they have not.
     """
-    if job.count == 1:
-        return
-    takes = "takes a folder that all processes share"
     for member, other in zip(job.members, job.agree(list(found)), strict=True):
         if other != list(found):
-            raise ConfigError(f"--workdir: {folder} holds something else for {member}; {takes}")
-    token = job.agree(f".{uuid.uuid4().hex}.tmp")[0]
+            raise ConfigError(f"--workdir: {folder} holds something else for {member}; {SHARED}")
+
+
+def check_shared(folder: Path, job: Job) -> None:
+    """Makes sure that all processes of the job see what the first writes into a run's folder, which exists.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    token = folder / job.agree(f".{uuid.uuid4().hex}.tmp")[0]
+    if job.count == 1:
+        return
     if job.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / token).touch()
+        token.touch()
     job.agree(None)
     end = time.monotonic() + SHARED_SECONDS
-    while not (seen := (folder / token).exists()) and time.monotonic() < end:
+    while not (seen := token.exists()) and time.monotonic() < end:
         time.sleep(0.5)
     blind = [member for member, sees in zip(job.members, job.agree(seen), strict=True) if not sees]
     if job.first:
-        (folder / token).unlink()
+        token.unlink()
     if blind:
-        raise ConfigError(f"--workdir: {blind[0]} does not see what process 0 writes in {folder}; {takes}")
+        raise ConfigError(f"--workdir: {blind[0]} does not see what process 0 writes in {folder}; {SHARED}")
 
 
 def write_config(workdir: Path, config: Config, corpus_fingerprint: str) -> None:

@@ -26,7 +26,14 @@ from maxsep.parallel.rollcall import Member
 BEAT = 0.5  # seconds from one beat to the next
 GRACE = 2.0  # seconds in which one's failure may turn out to be another one's death, or everybody's
 PAUSE = 5.0  # seconds by which a beat may be late before it is this process that was held
-WATCHED = ("training", "evaluating", "saving", "ending")  # phases in which something has to come to an end
+WATCHED = (
+    "training",
+    "evaluating",
+    "saving",
+    "generating",
+    "scoring",
+    "ending",
+)  # phases in which something has to come to an end
 
 
 @dataclass

@@ -36,7 +36,7 @@ def train(config: Config, folder: Path, job: Job = ALONE) -> None:
     started = time.monotonic()
     saved = workdir.has_checkpoint(folder)
     resuming = saved or (folder / "config.json").exists()
-    workdir.check_shared(folder, job, saved, resuming)
+    workdir.check_alike(folder, job, saved, resuming)
     config = workdir.check_resume(folder, config) if resuming else workdir.resolve(config)
     corpus = preparation.ensure(config, console.say, job)
     if resuming:
@@ -51,9 +51,10 @@ def train(config: Config, folder: Path, job: Job = ALONE) -> None:
         position = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            workdir.check_shared(folder, job)
             checkpoints = stack.enter_context(Checkpoints(folder / workdir.CHECKPOINTS))
             if saved:
-                state, data = checkpoints.restore(run.abstract_state)
+                state, data = checkpoints.restore(run.abstract_state, job.agree(checkpoints.latest_step())[0])
                 position = data["position"]
             step = int(state.step)
             finished = step >= config.train.steps and _check_finished(folder, step, config)
@@ -104,9 +105,10 @@ def evaluate(config: Config, folder: Path, job: Job = ALONE) -> None:
     corpus = preparation.ensure(config, console.say, job)
     workdir.check_resume(folder, config, corpus.fingerprint, workdir.EVALUATION_MAY_CHANGE)
     with jax.set_mesh(make_mesh(config)), Checkpoints(folder / workdir.CHECKPOINTS, read_only=True) as checkpoints:
-        run, step = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size), checkpoints.latest_step()
+        run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
+        step = job.agree(checkpoints.latest_step())[0]
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
-        params = checkpoints.restore_params(run.abstract_state.params)
+        params = checkpoints.restore_params(run.abstract_state.params, step)
         job.at("compiling")
         scores = run.evaluate(params, corpus, lambda: job.at("evaluating"))
     console.say(console.table(f"step {step}", summary.held_out(scores["loss"], corpus)))
