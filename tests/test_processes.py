@@ -317,7 +317,7 @@ def test_no_process_outlives_launch(workdir, data):
     assert saved(workdir), "SIGTERM reached the processes when their parent was killed"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_complete_texts_as_one_does(finished_run, tmp_path):
     """From standard input, which the first reads; and print once."""
     found = []

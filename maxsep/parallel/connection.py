@@ -11,6 +11,7 @@ class Connection:
 
     def __init__(self, link: socket.socket):
         self.link = link
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages are small, and waited for
         self._lock, self._lines = threading.Lock(), link.makefile("rb")
 
     def send(self, **message) -> None:
