@@ -87,7 +87,8 @@ def _exit(job: Job, error: Exception | None) -> None:
         if not told and error is not None:
             cli.answer(error)
         if not told and end.message and (error is None or status == cli.CRASHED):
-            cli.answer(cli.Exit(end.status, f"{job.members[job.index]}: {message}" if error else end.message))
+            line = f"{job.members[job.index]}: {message}" if error else end.message
+            print("error:", line, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(end.status)
