@@ -8,10 +8,10 @@ import sys
 
 from absl import flags
 
+from maxsep.cluster import join
 from maxsep.config import ConfigError, cli, paths
 from maxsep.inference import texts
 from maxsep.output import workdir
-from maxsep.parallel import join
 from maxsep.parallel.start import start
 
 

@@ -8,9 +8,9 @@ import sys
 
 from absl import flags
 
+from maxsep.cluster import join
 from maxsep.config import cli, paths
 from maxsep.output import workdir
-from maxsep.parallel import join
 from maxsep.parallel.start import start
 
 

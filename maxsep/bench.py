@@ -17,11 +17,11 @@ from contextlib import ExitStack
 
 from absl import flags
 
+from maxsep.cluster import join, process
+from maxsep.cluster.job import Job
 from maxsep.config import Config, ConfigError, cli, paths
 from maxsep.measure import peers, plots, report
 from maxsep.measure.timing import measurement, timed
-from maxsep.parallel import join, processes
-from maxsep.parallel.job import Job
 from maxsep.parallel.start import start
 
 PRODUCTS = 3  # matrix products a turn
@@ -70,10 +70,8 @@ def main(args: cli.Args) -> None:
     alone = [
         what for what, asked in (("decode", not training), ("--peers", names), ("--parts", options.parts)) if asked
     ]
-    if alone and processes.this(options).count > 1:
-        raise ConfigError(
-            f"--num_processes: got {processes.this(options).count}; takes 1, as {alone[0]} is one process"
-        )
+    if alone and process.this(options).count > 1:
+        raise ConfigError(f"--num_processes: got {process.this(options).count}; takes 1, as {alone[0]} is one process")
     with join.joined(args, None) as job:
         measure(args, names, contexts, batches, job)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from absl import flags
 
+from maxsep.cluster import group, process
 from maxsep.config import ConfigError, cli
-from maxsep.parallel import group, processes
 
 
 def define(values: flags.FlagValues) -> None:
@@ -28,7 +28,7 @@ def define(values: flags.FlagValues) -> None:
 def main(args: cli.Args, command: list[str]) -> None:
     if args.flags.processes is None:
         raise ConfigError("--processes: none given; takes how many to start")
-    processes.refuse_several("launch, which starts them itself,")
+    process.refuse_several("launch, which starts them itself,")
     if not command:
         raise ConfigError("command: none given; takes it after --, as `launch --processes=4 -- train.py`")
     if not command[0].startswith("-") and not Path(command[0]).is_file():

@@ -14,9 +14,9 @@ import time
 
 from absl import flags
 
+from maxsep.cluster import process
 from maxsep.config import cli, paths
 from maxsep.data.preparation import Preparation, seldom
-from maxsep.parallel import processes
 
 
 class _Console:
@@ -41,7 +41,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: cli.Args) -> None:
-    processes.refuse_several("prepare")
+    process.refuse_several("prepare")
     started = time.monotonic()
     if args.flags.json:
         paths.to_write("--json", args.flags.json)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, cli
 from maxsep.data import cache, packing, sources, tokenizer
 from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
 from maxsep.output.durable import write_json
-from maxsep.parallel.job import ALONE, Job
 
 LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
 RATE = 2_000_000  # tokens/s that a process prepares, roughly

@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from maxsep.cluster.job import ALONE, Job
 from maxsep.inference.program import Program
 from maxsep.inference.sampling import Sampling
-from maxsep.parallel.job import ALONE, Job
 from maxsep.parallel.sharding import fetched
 
 TURN_SECONDS = 0.05  # of decoding between two looks at the new tokens, about

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from maxsep.cluster.job import ALONE, Job
 from maxsep.config import ConfigError
 from maxsep.inference.program import Program
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import CHECKPOINTS
-from maxsep.parallel.job import ALONE, Job
 from maxsep.parallel.sharding import on_mesh
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from maxsep.cluster.job import ALONE, Job
 from maxsep.inference.generate import padded
 from maxsep.inference.program import Program
-from maxsep.parallel.job import ALONE, Job
 from maxsep.parallel.sharding import fetched
 
 

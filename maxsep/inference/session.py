@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, paths
 from maxsep.inference import score
 from maxsep.inference.generate import Completion, Generator
@@ -19,7 +20,6 @@ from maxsep.measure.timing import spread
 from maxsep.output import metrics
 from maxsep.output.console import say, table
 from maxsep.output.durable import write_text
-from maxsep.parallel.job import ALONE, Job
 from maxsep.parallel.mesh import describe, make_mesh
 
 

@@ -16,10 +16,10 @@ import uuid
 from operator import attrgetter
 from pathlib import Path
 
+from maxsep.cluster.job import Job
 from maxsep.config import Config, ConfigError, fields, paths
 from maxsep.config.stored import read_config
 from maxsep.output.durable import write_json
-from maxsep.parallel.job import Job
 
 # What may change when a run goes on: what changes its result by rounding at most, or only how long it runs and what it
 # tells. Everything else is part of what the run means. A name ending in a dot stands for all fields of its section.

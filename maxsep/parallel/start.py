@@ -9,10 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+from maxsep.cluster import holder
+from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError
 from maxsep.config.validate import validate
-from maxsep.parallel import holder
-from maxsep.parallel.job import ALONE, Job
 
 HELD = 30.0  # seconds for which JAX's connections to process 0 stay open after its death
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, cli
 from maxsep.data import preparation
 from maxsep.data.feed import to_mesh
@@ -16,7 +17,6 @@ from maxsep.measure import flops
 from maxsep.output import console, metrics, workdir
 from maxsep.output.checkpoint import Checkpoints, SaveError
 from maxsep.output.metrics import MetricsWriter
-from maxsep.parallel.job import ALONE, Job
 from maxsep.parallel.mesh import make_mesh
 from maxsep.training import summary
 from maxsep.training.run import Run

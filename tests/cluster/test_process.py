@@ -3,9 +3,9 @@
 import pytest
 from absl import flags
 
+from maxsep.cluster import process
+from maxsep.cluster.process import Process
 from maxsep.config import ConfigError
-from maxsep.parallel import processes
-from maxsep.parallel.processes import Process
 
 SLURM = {
     "SLURM_JOB_ID": "70001",
@@ -19,9 +19,9 @@ JOBSET = {"JAX_COORDINATOR_ADDRESS": "run-w-0-0.run:8476", "JAX_NUM_PROCESSES": 
 
 def this(environment, *arguments):
     values = flags.FlagValues()
-    processes.define(values)
+    process.define(values)
     values(["train.py", *arguments])
-    return processes.this(values, environment)
+    return process.this(values, environment)
 
 
 def test_one_process_is_what_nothing_says():
@@ -34,7 +34,7 @@ def test_the_environment_says_who_this_is():
     assert this(SLURM) == Process(3, 16, "gpu017", 61440 + 70001 % 4096)
     assert this(JOBSET) == Process(1, 4, "run-w-0-0.run", 8476)
     here = this(OPEN_MPI)
-    assert (here.index, here.count, here.host) == (2, 4, "localhost") and here.port in processes.PORTS
+    assert (here.index, here.count, here.host) == (2, 4, "localhost") and here.port in process.PORTS
     assert this(OPEN_MPI | {"PMIX_NAMESPACE": "1"}).port != this(OPEN_MPI | {"PMIX_NAMESPACE": "2"}).port
 
 
@@ -48,7 +48,7 @@ def test_flags_come_before_the_environment():
     [("a1", "a1"), ("a1,b2", "a1"), ("a[07-09,11]", "a07"), ("a[3,5]b,c", "a3b"), ("n-1[0-1]-ib", "n-10-ib")],
 )
 def test_the_first_of_a_list_of_nodes(nodes, first):
-    assert processes.first_node(nodes) == first
+    assert process.first_node(nodes) == first
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,6 @@ def test_a_contradiction_is_one_line(environment, arguments, starts, takes):
 
 
 def test_a_command_of_one_process_refuses_more():
-    processes.refuse_several("prepare", {})
+    process.refuse_several("prepare", {})
     with pytest.raises(ConfigError, match="SLURM_STEP_NUM_TASKS: got 16; takes 1, as prepare is one process"):
-        processes.refuse_several("prepare", SLURM)
+        process.refuse_several("prepare", SLURM)

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from maxsep.cluster.connection import Connection
+from maxsep.cluster.process import Process
+from maxsep.cluster.rollcall import Member
 from maxsep.config import cli
-from maxsep.parallel.connection import Connection
-from maxsep.parallel.processes import Process
-from maxsep.parallel.rollcall import Member
 
 BEAT = 0.5  # seconds from one beat to the next
 GRACE = 2.0  # seconds in which one's failure may turn out to be another one's death, or everybody's

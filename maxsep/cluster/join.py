@@ -12,16 +12,16 @@ from typing import TextIO
 
 from absl import flags
 
+from maxsep.cluster import process, rollcall
+from maxsep.cluster.job import ALONE, End, Job
 from maxsep.config import cli, fields
-from maxsep.parallel import processes, rollcall
-from maxsep.parallel.job import ALONE, End, Job
 
 ALIKE = ("maxsep", "jax", "jaxlib")  # packages whose versions have to be the same in all processes
 
 
 def define(values: flags.FlagValues) -> None:
     """The flags of a command that runs on several processes."""
-    processes.define(values)
+    process.define(values)
     flags.DEFINE_float(
         "join_seconds", 300.0, "until a process counts as missing", lower_bound=0.001, flag_values=values
     )
@@ -41,14 +41,14 @@ def joined(args: cli.Args, folder: Path | None) -> Iterator[Job]:
     Raises:
         ConfigError, cli.Exit: the processes do not make a job.
     """
-    process = processes.this(args.flags)
-    if process.count == 1:
+    this = process.this(args.flags)
+    if this.count == 1:
         yield ALONE
         return
-    members, connections = rollcall.call(process, _facts(args, folder), args.flags.join_seconds)
+    members, connections = rollcall.call(this, _facts(args, folder), args.flags.join_seconds)
     train = args.config.train
     with _signals():
-        job = Job(members, process, connections, train.heartbeat_seconds, train.watchdog_seconds, folder)
+        job = Job(members, this, connections, train.heartbeat_seconds, train.watchdog_seconds, folder)
         sys.stdout = _output(job.first)
         print(rollcall.described(members), flush=True)
         error = None
@@ -96,7 +96,7 @@ def _exit(job: Job, error: Exception | None) -> None:
 
 def _facts(args: cli.Args, folder: Path | None) -> dict[str, str]:
     """What has to be the same in all processes, by name."""
-    own = (*processes.FLAGS, "join_seconds", "workdir")  # a folder may be given relative to another
+    own = (*process.FLAGS, "join_seconds", "workdir")  # a folder may be given relative to another
     names = [name for name in args.flags if name not in own and not name.startswith("config")]
     given = {f"--{name}": str(args.flags[name].value) for name in names}
     settings = {field.path: repr(attrgetter(field.path)(args.config)) for field in fields()}

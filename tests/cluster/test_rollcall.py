@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from processes import free_port
 
+from maxsep.cluster import rollcall
+from maxsep.cluster.process import Process
 from maxsep.config import ConfigError, cli
-from maxsep.parallel import rollcall
-from maxsep.parallel.processes import Process
 
 FACTS = {"train.steps": "3", "jax": "0.12"}
 

@@ -3,11 +3,11 @@
 import contextlib
 import ctypes
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 
@@ -32,13 +32,12 @@ class Group:
     def __init__(self, command: Sequence[str], count: int):
         port = _free_port()
         self._said: set[str] = set()
+        self._unfinished = [b""] * count  # lines
         self.children = [self._child(command, index, count, port) for index in range(count)]
-        self._readers = [
-            threading.Thread(target=self._tell, args=(index, child.stderr), daemon=True)
-            for index, child in enumerate(self.children)
-        ]
-        for reader in self._readers:
-            reader.start()
+        # No thread reads: a dead parent's signal comes once for each of its threads, and two signals are too many.
+        self._errors = selectors.DefaultSelector()
+        for index, child in enumerate(self.children):
+            self._errors.register(child.stderr, selectors.EVENT_READ, index)
 
     def _child(self, command: Sequence[str], index: int, count: int, port: int) -> subprocess.Popen:
         own = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
@@ -62,29 +61,45 @@ class Group:
     def ended(self) -> list[int]:
         """The exit statuses, by process, when all have ended: those who do not end with the first are ended."""
         while all(child.poll() is None for child in self.children):
-            time.sleep(0.05)
+            self._listen()
         for number, seconds in ((None, LINGER), (signal.SIGTERM, KILL), (signal.SIGKILL, float("inf"))):
             if number is not None and any(child.poll() is None for child in self.children):
                 self.signal(number)
                 self.signal(signal.SIGCONT)
             end = time.monotonic() + seconds
             while any(child.poll() is None for child in self.children) and time.monotonic() < end:
-                time.sleep(0.05)
-        for reader in self._readers:
-            reader.join(1.0)
+                self._listen()
+        while self._listen(0):  # what is left in the pipes
+            pass
+        self._errors.close()
+        for child in self.children:
+            child.stderr.close()
         return [child.returncode for child in self.children]
 
-    def _tell(self, index: int, lines) -> None:
-        """The thread that passes on what a process says on standard error; what is wrong with all, once."""
-        for line in lines:
-            text = line.decode(errors="replace")
-            if text.startswith("error: "):
-                if text in self._said:
-                    continue
-                self._said.add(text)
-            with contextlib.suppress(OSError):
-                sys.stderr.write(f"[{index}] {text}")
-                sys.stderr.flush()
+    def _listen(self, seconds: float = 0.05) -> bool:
+        """Passes on what processes say on standard error, for so long; whether one said something."""
+        if not self._errors.get_map():
+            time.sleep(seconds)
+            return False
+        found = self._errors.select(seconds)
+        for key, _ in found:
+            text = os.read(key.fd, 1 << 16)
+            if not text:
+                self._errors.unregister(key.fileobj)
+                text = b"\n" if self._unfinished[key.data] else b""
+            *lines, self._unfinished[key.data] = (self._unfinished[key.data] + text).split(b"\n")
+            for line in lines:
+                self._tell(key.data, line.decode(errors="replace"))
+        return bool(found)
+
+    def _tell(self, index: int, line: str) -> None:
+        """Prints a line of a process; what is wrong with all, once."""
+        if line.startswith("error: "):
+            if line in self._said:
+                return
+            self._said.add(line)
+        with contextlib.suppress(OSError):
+            print(f"[{index}] {line}", file=sys.stderr, flush=True)
 
 
 def status(statuses: Sequence[int]) -> int:

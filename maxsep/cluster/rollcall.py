@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
+from maxsep.cluster.connection import Connection
+from maxsep.cluster.process import Process
 from maxsep.config import ConfigError, cli
-from maxsep.parallel.connection import Connection
-from maxsep.parallel.processes import Process
 
 RETRY = 0.2  # seconds between two attempts to reach process 0
 LATE = 3.0  # seconds in which the others still come, to hear why there will be no job
