@@ -55,9 +55,11 @@ def main(args: cli.Args, command: list[str]) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """`main` with a command line whose own flags end at the first --."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    return cli.run(lambda args: main(args, argv[end + 1 :]), define, __doc__, argv=argv[:end])
+    """`main` with a command line whose own flags end at --, or else where the command begins."""
+    begins = (number for number, word in enumerate(argv) if number and (word in ("--", "-m") or word.endswith(".py")))
+    end = next(begins, len(argv))
+    command = argv[end + 1 :] if argv[end : end + 1] == ["--"] else argv[end:]
+    return cli.run(lambda args: main(args, command), define, __doc__, argv=argv[:end])
 
 
 if __name__ == "__main__":

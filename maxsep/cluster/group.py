@@ -59,13 +59,16 @@ class Group:
             child.send_signal(number)
 
     def ended(self) -> list[int]:
-        """The exit statuses, by process, when all have ended: those who do not end with the first are ended."""
+        """The exit statuses, by process, when all have ended: those who do not end with the first are, by a signal."""
+        ended_by: dict[subprocess.Popen, int] = {}
         while all(child.poll() is None for child in self.children):
             self._listen()
         for number, seconds in ((None, LINGER), (signal.SIGTERM, KILL), (signal.SIGKILL, float("inf"))):
-            if number is not None and any(child.poll() is None for child in self.children):
-                self.signal(number)
-                self.signal(signal.SIGCONT)
+            late = [child for child in self.children if number is not None and child.poll() is None]
+            for child in late:
+                ended_by[child] = number
+                child.send_signal(number)
+                child.send_signal(signal.SIGCONT)
             end = time.monotonic() + seconds
             while any(child.poll() is None for child in self.children) and time.monotonic() < end:
                 self._listen()
@@ -74,7 +77,7 @@ class Group:
         self._errors.close()
         for child in self.children:
             child.stderr.close()
-        return [child.returncode for child in self.children]
+        return [-ended_by[child] if child in ended_by else child.returncode for child in self.children]
 
     def _listen(self, seconds: float = 0.05) -> bool:
         """Passes on what processes say on standard error, for so long; whether one said something."""
