@@ -171,9 +171,9 @@ class Loop:
     def stopping(self) -> bool:
         """Whether a signal has asked some process to end the run: all hear of it at the same point of the program."""
         if self.asked is None:
-            asked = self.job.agree(self.stop.asked)
-            found = [f"{name} in {member}" for name, member in zip(asked, self.job.members, strict=True) if name]
-            self.asked = next(iter(found if self.job.count > 1 else filter(None, asked)), None)
+            for member, asked in zip(self.job.members, self.job.agree(self.stop.asked), strict=True):
+                if asked is not None:
+                    self.asked = f"{asked} in {member}" if self.job.count > 1 else asked
         return self.asked is not None
 
     def take_steps(self, state: TrainState, step: int, position: int) -> int:
