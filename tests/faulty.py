@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -41,6 +42,17 @@ def plant(fault: str, moment: str, step: int) -> None:
 
         return faulty
 
+    write = ocp.PyTreeCheckpointHandler.async_save
+    saving = []
+
+    async def faulty_write(self, *arguments, **options):
+        writes = await write(self, *arguments, **options)
+        return [*writes, SimpleNamespace(result=lambda timeout=None: strike())] if saving == [step] else writes
+
+    def noted_save(self, number, *arguments, **options):
+        saving[:] = [number]
+        return save(self, number, *arguments, **options)
+
     def faulty_save(self, number, *arguments, **options):
         saved = save(self, number, *arguments, **options)
         if number == step:
@@ -58,6 +70,9 @@ def plant(fault: str, moment: str, step: int) -> None:
         Run.train_batches = told
     elif moment == "step":
         Run.compile_train_step = compiled
+    elif moment == "write":  # in the background
+        ocp.PyTreeCheckpointHandler.async_save = faulty_write
+        ocp.CheckpointManager.save = noted_save
     else:
         ocp.CheckpointManager.save = faulty_save
 

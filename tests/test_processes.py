@@ -64,10 +64,18 @@ def test_two_processes_train_as_one_does(workdir, data, call, finished_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault, moment, victim", [("killed", "step", 0), ("stuck", "step", 1), ("raising", "save", 1)])
+@pytest.mark.parametrize(
+    "fault, moment, victim", [("killed", "step", 0), ("stuck", "step", 1), ("raising", "write", 1)]
+)
 def test_all_end_where_one_fails(workdir, data, fault, moment, victim):
     fails(workdir, data, fault, moment, victim, heartbeat=30, watchdog=20)  # a busy machine may hold a process
     assert {2, 4} & set(saved(workdir))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("victim", [0, 1])
+def test_all_end_where_one_cannot_write(workdir, data, victim):
+    fails(workdir, data, "raising", "write", victim, HEARTBEAT, 60)
 
 
 @pytest.mark.exhaustive

@@ -205,6 +205,13 @@ class Job:
         self._send_home(end, self._of_others(self.members[0], end) if end.status else end)
         return end, False
 
+    def fail(self, end: End) -> None:
+        """Ends the job, from any thread, for what has gone wrong in this process."""
+        end = self._of_others(self.members[self.index], end)
+        if self.first:
+            self._end(end)
+        self.peers[0].connection.send(fail=asdict(end))  # the hub ends this process too
+
     def _wait(self, reached, limit: float) -> None:
         with self._changed:
             while not reached() and time.monotonic() < limit:
@@ -239,7 +246,7 @@ class Job:
                     timer = threading.Timer(GRACE, lambda: self._end(self._seen(peer)))
                     timer.daemon = True
                     timer.start()
-                case {"end": end}:
+                case {"end": end} | {"fail": end}:
                     self._end(End(**end))
                 case {"farewell": _}:
                     return

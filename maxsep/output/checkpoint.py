@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -15,16 +16,33 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-from maxsep.config import ConfigError
+from maxsep.cluster.job import ALONE, End, Job
+from maxsep.config import ConfigError, cli
 
 TRASH = "trash"  # retention renames a step into it, so that a kill never leaves a step half deleted
+ALIKE_SECONDS = 10.0  # in which a save that failed in one process is found to have failed in the others
 # Replicas share the writing of an array from this size on, in bytes. Each slice is compiled once for every device, at
 # the first save: for small arrays that took 2.2 s of a 16-device run, and saved nothing.
 SHARED_WRITE_BYTES = 64 * 2**20
 
 
-# Orbax writes each error to stderr, twice and with pages of traceback, before it raises it.
-logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+_saving: list["Checkpoints"] = []  # in a job of several processes
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Keeps from stderr what Orbax says of each error there, twice and with pages of traceback, before it raises it.
+
+    It is the first to tell of one in the background: between processes, raising it may wait for the others for ever.
+    """
+    if "/orbax/" not in record.pathname:
+        return True
+    if record.exc_info:
+        for checkpoints in _saving:
+            checkpoints.on_error(record.exc_info[1])
+    return False
+
+
+logging.getLogger("absl").addFilter(_not_of_orbax)
 
 
 def _unraisable(unraisable, previous=sys.unraisablehook) -> None:
@@ -46,10 +64,11 @@ class Checkpoints:
     Args:
         directory: absolute path; made where it is missing, unless `read_only`.
         read_only: only for restoring: makes, removes and tidies nothing.
+        job: this process and the others. Where a save fails in one and the others wait for it, the job ends.
     """
 
-    def __init__(self, directory: Path, read_only: bool = False):
-        self.directory = Path(directory)
+    def __init__(self, directory: Path, read_only: bool = False, job: Job = ALONE):
+        self.directory, self.job = Path(directory), job
         self._saving: int | None = None
         self._writes = not read_only and jax.process_index() == 0
         self._sweep()
@@ -73,6 +92,8 @@ class Checkpoints:
             "data": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
+        if job.count > 1 and not read_only:
+            _saving.append(self)
 
     def save(self, step: int, state, data: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts to save, and returns once the state is copied or its buffers are held: it may then be donated.
@@ -119,6 +140,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            if self in _saving:
+                _saving.remove(self)
             self._manager.close()
         self._sweep()
 
@@ -208,6 +231,21 @@ class Checkpoints:
     def _unreadable(self, step: int, error: Exception) -> ConfigError:
         return ConfigError(f"checkpoint of step {step} in {self.directory} cannot be read: {_one_line(error)}")
 
+    def on_error(self, error: BaseException) -> None:
+        """What Orbax says of an error, from any thread: if the save has not ended a while later, it hangs."""
+        step = self._saving
+        if step is not None:
+            timer = threading.Timer(ALIKE_SECONDS, self._end_if_hanging, (step, self._not_saved(step, error)))
+            timer.daemon = True
+            timer.start()
+
+    def _end_if_hanging(self, step: int, line: str) -> None:
+        if self._saving == step and self._manager.is_saving_in_progress():
+            self.job.fail(End(cli.SAVE_FAILED, f"{line}; the same command goes on from the checkpoint before it"))
+
+    def _not_saved(self, step: int, error: BaseException) -> str:
+        return f"checkpoint of step {step} was not saved in {self.directory}: {_one_line(error)}"
+
     def _failed(self, error: Exception) -> SaveError:
         step, self._saving = self._saving, None
         if self._writes:  # Orbax leaves what it had written, which the next save may need the room of
@@ -215,7 +253,7 @@ class Checkpoints:
                 shutil.rmtree(begun, ignore_errors=True)
         if self.directory.is_dir():
             self._manager.reload()  # it listed the step as saved, and those to be removed after it as gone
-        return SaveError(f"checkpoint of step {step} was not saved in {self.directory}: {_one_line(error)}")
+        return SaveError(self._not_saved(step, error))
 
     def _sweep(self) -> None:
         if self._writes:

@@ -15,15 +15,13 @@ from maxsep.data.feed import to_mesh
 from maxsep.data.records import Corpus
 from maxsep.measure import flops
 from maxsep.output import console, metrics, workdir
-from maxsep.output.checkpoint import Checkpoints, SaveError
+from maxsep.output.checkpoint import ALIKE_SECONDS, Checkpoints, SaveError
 from maxsep.output.metrics import MetricsWriter
 from maxsep.parallel.mesh import make_mesh
 from maxsep.training import summary
 from maxsep.training.run import Run
 from maxsep.training.signals import Stop
 from maxsep.training.step import TrainState
-
-ALIKE_SECONDS = 10.0  # in which a save that failed in one process is found to have failed in the others
 
 
 def train(config: Config, folder: Path, job: Job = ALONE) -> None:
@@ -52,7 +50,7 @@ def train(config: Config, folder: Path, job: Job = ALONE) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             workdir.check_shared(folder, job)
-            checkpoints = stack.enter_context(Checkpoints(folder / workdir.CHECKPOINTS))
+            checkpoints = stack.enter_context(Checkpoints(folder / workdir.CHECKPOINTS, job=job))
             if saved:
                 state, data = checkpoints.restore(run.abstract_state, job.agree(checkpoints.latest_step())[0])
                 position = data["position"]
