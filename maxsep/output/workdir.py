@@ -202,9 +202,9 @@ def check_shared(folder: Path, job: Job) -> None:
     Raises:
         ConfigError: one does not.
     """
-    token = folder / job.agree(f".{uuid.uuid4().hex}.tmp")[0]
     if job.count == 1:
         return
+    token = folder / job.agree(f".{uuid.uuid4().hex}.tmp")[0]
     if job.first:
         token.touch()
     job.agree(None)

@@ -108,7 +108,7 @@ def evaluate(config: Config, folder: Path, job: Job = ALONE) -> None:
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
         params = checkpoints.restore_params(run.abstract_state.params, step)
         job.at("compiling")
-        scores = run.evaluate(params, corpus, lambda: job.at("evaluating"))
+        scores = run.evaluate(params, corpus, lambda: job.at("evaluating"), job.waiting)
     console.say(console.table(f"step {step}", summary.held_out(scores["loss"], corpus)))
 
 
@@ -147,8 +147,8 @@ class Loop:
         with ExitStack() as stack:
             stack.enter_context(self.stop)
             self.progress = stack.enter_context(console.Progress(steps, step))
-            evaluated = self.job.agree("eval" in _logged(self.folder, step))[0]
-            if step > 0 and (_due(every, step) or step == steps) and not evaluated:
+            due = step > 0 and (_due(every, step) or step == steps)
+            if due and not self.job.agree("eval" in _logged(self.folder, step))[0]:
                 self.evaluate(state, step)  # a signal had left no time for it
             if step < steps and not self.stopping():
                 step = self.take_steps(state, step, position)
