@@ -122,7 +122,7 @@ def _positive(flag: str, values: list[str]) -> list[int]:
 
 def train(config: Config, names: list[str], options) -> list[dict]:
     """The measurements of maxsep and of the peers `names`; those that could not run have only `system` and `error`."""
-    from maxsep.measure import flops, memory, parts
+    from maxsep.measure import flops, hlo, memory, parts
     from maxsep.output import console
     from maxsep.training.run import Run
 
@@ -163,7 +163,7 @@ def train(config: Config, names: list[str], options) -> list[dict]:
         result["peak_share"] = flops.mfu(result["tokens_per_second"], run.flops / run.tokens, peak)
     if options.parts:
         say("maxsep: profiling")
-        results["maxsep"]["parts"] = parts.measure(step, step.compiled.as_text())
+        results["maxsep"]["parts"] = parts.measure(step, hlo.parse(step.compiled.as_text()))
     return list(results.values())
 
 

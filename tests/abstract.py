@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
 from maxsep.config import Config, MeshConfig
-from maxsep.config.cli import load_config
+from maxsep.config.files import load_config
 from maxsep.config.paths import REPOSITORY
 from maxsep.config.validate import validate
 from maxsep.parallel.mesh import abstract_mesh

@@ -8,6 +8,7 @@ import numpy as np
 from small import SEED, text
 
 from maxsep.config import Config
+from maxsep.measure import hlo
 from maxsep.parallel.mesh import make_mesh
 from maxsep.training.run import Run
 
@@ -26,6 +27,11 @@ def run(c: Config) -> Run:
     made.gradients = jax.jit(made.program._gradients)
     made.train_step = functools.cache(made.compile_train_step)
     return made
+
+
+def optimised(lowered) -> hlo.Module:
+    """The program that XLA makes of a lowered function."""
+    return hlo.parse(lowered.compile().as_text())
 
 
 def placed(tree, like):

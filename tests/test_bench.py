@@ -47,7 +47,7 @@ def test_train(tmp_path, capsys):
     assert result["tokens_per_second"] == pytest.approx(4 * 32 / result["median_seconds"])
     assert 0 < result["peak_share"] < 1
     assert sum(result["parts"].values()) == pytest.approx(1)
-    assert {"attention", "dispatch", "head", "optimizer", "communication"} <= set(result["parts"])
+    assert {"attention", "dispatch", "head", "optimizer", "communication: dispatch"} <= set(result["parts"])
 
     out, err = capsys.readouterr()
     assert "4 x simulated CPU device" in out

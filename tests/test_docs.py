@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from maxsep import bench, launch, prepare
+from maxsep import ablate, bench, launch, prepare
 from maxsep.config import CHOICES, cli, fields
 from maxsep.output.workdir import RESUME_MAY_CHANGE
 
@@ -25,10 +25,11 @@ import infer  # noqa: E402
 import train  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference.md"
-PAGES = [p for pattern in ("*.md", "docs/*.md", "configs/*.py") for p in sorted(ROOT.glob(pattern))]
+PAGES = [p for pattern in ("*.md", "docs/*.md", "configs/**/*.py") for p in sorted(ROOT.glob(pattern))]
 TOOLS = {
     "train.py": {"define": train.define, "default_config": "configs/tiny.py"},
     "infer.py": {"define": infer.define, "default_config": "configs/tiny.py"},  # whose run need not be there
+    "maxsep.ablate": {"define": ablate.define, "default_config": ablate.DEFAULT},
     "maxsep.launch": {"define": launch.define},
     "maxsep.prepare": {"define": prepare.define, "default_config": "configs/tiny.py"},
     "maxsep.bench": {"define": bench.define, "default_config": "configs/bench.py", "commands": ("train", "decode")},

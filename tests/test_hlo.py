@@ -1,14 +1,14 @@
 """What the compiled program does: counted by instruction in the program that `train.py` runs."""
 
 import math
-import re
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import pytest
+from programs import optimised
 from small import config, named
 
+from maxsep.measure.hlo import Instruction, Module
 from maxsep.parallel.mesh import make_mesh
 from maxsep.training.run import Run
 
@@ -16,60 +16,6 @@ from maxsep.training.run import Run
 T, E, C, D, F = 23, 12, 5, 40, 56
 ZERO = (2, 4)  # the mesh of the tests of `zero`
 OF_A_LAYER = sorted(4 * [D * 4 * 10] + [D * E] + 3 * [E // ZERO[1] * D * F])  # its sizes: projections, router, experts
-
-
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    shape: str
-    opcode: str
-    called: tuple[str, ...]  # computations: of a loop's body, a fusion, a reduction
-    body: str | None  # of a loop
-    attributes: str  # operands and attributes, as they are written
-
-    @property
-    def sizes(self) -> list[int]:
-        """Elements of the results."""
-        return [math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\w+\[([\d,]*)\]", self.shape)]
-
-    @property
-    def trips(self) -> int:
-        """How often a loop runs."""
-        return int(re.search(r'known_trip_count":\{"n":"(\d+)"', self.attributes)[1])
-
-    @property
-    def sends(self) -> bool:
-        """Whether it is a collective of more than one device."""
-        if self.opcode not in COLLECTIVES:
-            return False
-        if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", self.attributes):  # since JAX 0.12
-            sizes = dict(axis.split("=") for axis in mesh[1].split(","))
-            return any(sizes[axis] != "1" for axis in mesh[2].split(",") if axis)
-        return not re.search(r"replica_groups=\{(\{\d+\},?)+\}", self.attributes)
-
-
-def parse(text: str) -> dict[str, list[Instruction]]:
-    """HLO text as the instructions of each computation; those of conditionals are called by their branches."""
-    computations, current = {}, None
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            current = computations[header[1]] = []
-        elif found := re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$", line):
-            called = re.findall(r"(?:body|condition|calls|to_apply|\w+_computation)=%?([\w.-]+)", found[3])
-            called += re.findall(r"%?([\w.-]+)", (re.search(r"branch_computations=\{(.*?)\}", found[3]) or ["", ""])[1])
-            body = re.search(r"body=%?([\w.-]+)", found[3])
-            current.append(Instruction(found[1], found[2], tuple(called), body and body[1], found[3]))
-    return computations
-
-
-def within(computations: dict, name: str) -> list[Instruction]:
-    """Instructions of a computation and of all that it calls."""
-    out = []
-    for instruction in computations[name]:
-        out += [instruction, *(i for called in instruction.called for i in within(computations, called))]
-    return out
 
 
 def compiled(mesh: tuple[int, ...], layout: str = "ma", rows: int = 0, accumulation: int = 1, **model) -> tuple:
@@ -86,8 +32,7 @@ def compiled(mesh: tuple[int, ...], layout: str = "ma", rows: int = 0, accumulat
     with jax.set_mesh(make_mesh(c)):
         r = Run(c)
         batch = jax.ShapeDtypeStruct(r.eval_shape, jnp.int32, sharding=r.batch_sharding)
-        forward = r.eval_step.lower(r.abstract_state.params, batch).compile().as_text()
-        return parse(forward), parse(r.compile_train_step().as_text())
+        return optimised(r.eval_step.lower(r.abstract_state.params, batch)), optimised(r.lower_train_step())
 
 
 @pytest.fixture(
@@ -99,33 +44,22 @@ def programs(request):
     return request.param, *compiled(request.param)
 
 
-def peers(exchange: Instruction) -> int:
-    """Devices of an all-to-all: it has a result from each."""
-    return exchange.shape.count("[")
-
-
-def exchanges(computations) -> list[Instruction]:
-    return [i for instructions in computations.values() for i in instructions if i.opcode.startswith("all-to-all")]
+def exchanges(program: Module) -> list[Instruction]:
+    return [i for i in program.by_name.values() if i.collective == "all-to-all"]
 
 
 def test_a_layer_of_the_forward_pass_has_two_exchanges(programs):
     (_, expert), forward, _ = programs
-    bodies = [i.body for instructions in forward.values() for i in instructions if i.body]
+    bodies = [i.body for i in forward.by_name.values() if i.body]
     assert bodies, "the layers are a loop"
-    exchanges = [sum(i.opcode == "all-to-all" for i in within(forward, body)) for body in bodies]
-    assert sorted(exchanges)[-1] == (2 if expert > 1 else 0)
-    everywhere = sum(i.opcode.startswith("all-to-all") for instructions in forward.values() for i in instructions)
-    assert everywhere == (2 if expert > 1 else 0)
+    found = [sum(i.collective == "all-to-all" for i in forward.within(body)) for body in bodies]
+    assert sorted(found)[-1] == (2 if expert > 1 else 0)
+    assert len(exchanges(forward)) == (2 if expert > 1 else 0)
 
 
 def test_no_tensor_of_tokens_experts_and_capacity(programs):
     _, *both = programs
-    seen = set()
-    for computations in both:
-        for instructions in computations.values():
-            for instruction in instructions:
-                for dims in re.findall(r"\w+\[([\d,]+)\]", instruction.shape):
-                    seen.add(tuple(map(int, dims.split(","))))
+    seen = {array.dims for program in both for i in program.by_name.values() for array in i.arrays if array.dims}
     assert math.ceil(T * 2 * 1.25 / E) == C
     assert any({C, E} <= set(dims) or E * C in dims for dims in seen), "the buckets, so that C is the capacity"
     for dims in seen:
@@ -134,30 +68,30 @@ def test_no_tensor_of_tokens_experts_and_capacity(programs):
 
 
 def test_tensor_parallelism_exchanges_no_tokens():
-    for computations in compiled((2, 2), "tp"):
-        assert exchanges(computations) == []
+    for program in compiled((2, 2), "tp"):
+        assert exchanges(program) == []
 
 
 def test_folded_experts_are_exchanged_twice_over_the_whole_mesh():
     forward, step = compiled((2, 2), "ma_folded")
-    (body,) = (i.body for instructions in forward.values() for i in instructions if i.body)
-    assert [peers(i) for i in within(forward, body) if i.opcode == "all-to-all"] == [4, 4]
+    (body,) = (i.body for i in forward.by_name.values() if i.body)
+    assert [forward.devices(i) for i in forward.within(body) if i.collective == "all-to-all"] == [4, 4]
     assert len(exchanges(forward)) == 2
-    assert set(map(peers, exchanges(step))) == {4}
+    assert set(map(step.devices, exchanges(step))) == {4}
 
 
 def test_between_stages_go_activations_and_no_weights():
     """Of two stages and five micro-batches of three sequences: all that is sent."""
     stages, rows, micro_batches = 2, 3, 5
     forward, step = compiled((stages, 1, 1), "pp", rows, micro_batches, layers=4, experts=6)
-    sent = [i for instructions in step.values() for i in instructions if i.sends]
-    permutes = [i for i in sent if i.opcode == "collective-permute"]
-    bodies = [i for instructions in step.values() for i in instructions if i.body]
-    ticks = [i.trips for i in bodies if any(j in permutes for j in step[i.body])]
+    sent = [i for i in step.by_name.values() if i.collective and step.devices(i) > 1]
+    permutes = [i for i in sent if i.collective == "collective-permute"]
+    loops = [i for i in step.by_name.values() if i.body]
+    ticks = [i.trips for i in loops if any(j in permutes for j in step.computations[i.body])]
     assert ticks == [micro_batches + stages - 1] * 2, "forward and backward, one permute a tick"
     activations = rows * T * D
-    assert [i.sizes for i in permutes] == [[activations]] * 2
-    others = [size for i in sent if i not in permutes for size in i.sizes]
+    assert [array.elements for i in permutes for array in i.arrays] == [activations] * 2
+    others = [array.elements for i in sent if i not in permutes for array in i.arrays]
     large = sorted(size for size in others if size > rows * T)  # a figure a token, in the softmax of the head
     # The embedding's rows, summed over stages, forward and backward; the final states of all micro-batches likewise.
     assert large == 2 * [activations] + 2 * [micro_batches * activations]
@@ -166,8 +100,8 @@ def test_between_stages_go_activations_and_no_weights():
 
 @pytest.mark.slow
 def test_a_stage_of_tensor_parallelism_exchanges_no_tokens():
-    for computations in compiled((2, 2, 2), "tp_pp", rows=4, accumulation=2, layers=2):
-        assert exchanges(computations) == []
+    for program in compiled((2, 2, 2), "tp_pp", rows=4, accumulation=2, layers=2):
+        assert exchanges(program) == []
 
 
 @pytest.mark.parametrize("remat", ["none", *(pytest.param(r, marks=pytest.mark.slow) for r in ("full", "dots"))])
@@ -176,7 +110,7 @@ def test_a_layers_weights_are_gathered_once_forward_and_once_backward(remat):
     _, step = compiled(ZERO, "zero", rows=8, accumulation=2, remat=remat)
     gathered = weights_gathered(step)
     assert sorted(gathered.values()) == [OF_A_LAYER, OF_A_LAYER]  # the bodies of the loops over layers
-    assert entry(step) not in gathered
+    assert step.entry not in gathered
 
 
 @pytest.mark.slow
@@ -184,20 +118,17 @@ def test_no_layers_weights_are_gathered_before_the_loop_over_micro_batches():
     """Also where layers are unrolled. There JAX 0.10 keeps them from the forward to the backward pass."""
     _, step = compiled(ZERO, "zero", rows=8, accumulation=2, scan_layers=False)
     ((body, weights),) = weights_gathered(step).items()
-    assert body in [i.body for i in step[entry(step)]]
+    assert body in [i.body for i in step.computations[step.entry]]
     assert weights in (sorted(OF_A_LAYER * 2), sorted(OF_A_LAYER * 4))  # of two layers
 
 
-def weights_gathered(step: dict) -> dict[str, list[int]]:
+def weights_gathered(step: Module) -> dict[str, list[int]]:
     """Sizes of the layers' weights that each computation gathers; other gathers are of tokens, or of a table."""
     others = {ZERO[0] * T * ZERO[0] * D, 256 // ZERO[0] * D}
     assert not others & set(OF_A_LAYER)
-    sizes = {
-        name: sorted(size for i in instructions if i.opcode == "all-gather" and "f32" in i.shape for size in i.sizes)
-        for name, instructions in step.items()
+    gathered = {
+        name: [array for i in instructions if i.collective == "all-gather" for array in i.arrays]
+        for name, instructions in step.computations.items()
     }
+    sizes = {name: sorted(a.elements for a in arrays if a.dtype == "f32") for name, arrays in gathered.items()}
     return {name: weights for name, found in sizes.items() if (weights := [n for n in found if n not in others])}
-
-
-def entry(step: dict) -> str:
-    return next(reversed(step))  # the last in the text

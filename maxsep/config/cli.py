@@ -16,7 +16,6 @@ absl alone would answer a mistyped flag with status 1 and a mistyped config fiel
 
 import os
 import re
-import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,11 +23,11 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from maxsep.config import paths
+from maxsep.config.files import load_config
 from maxsep.config.help import page
 from maxsep.config.paths import REPOSITORY
 from maxsep.config.schema import (
@@ -150,7 +149,7 @@ def parse(
     define(values)
     config = None
     fit_mesh = False
-    path, argv = _take("config", argv)
+    path, argv = take("config", argv)
     overridden = _overridden(argv)
     takes_config = default_config is not None or of_run is not None
     try:
@@ -183,8 +182,8 @@ def parse(
 
 def config_arguments(argv: Sequence[str]) -> list[str]:
     """The arguments of a command line that say which config it means: --config or else --workdir, and the overrides."""
-    path, others = _take("config", argv[1:])
-    folder, others = _take("workdir", others)
+    path, others = take("config", argv[1:])
+    folder, others = take("workdir", others)
     overrides, value_follows = [], False
     for argument in others:
         field = re.match(r"--?(no)?config\.", argument)
@@ -193,30 +192,6 @@ def config_arguments(argv: Sequence[str]) -> list[str]:
         value_follows = bool(field) and "=" not in argument
     base = {"config": path} if path is not None else {"workdir": folder} if folder is not None else {}
     return [*(f"--{flag}={value}" for flag, value in base.items()), *overrides]
-
-
-def load_config(path: str) -> Config:
-    """What the `get_config()` of a config file returns, with the types checked.
-
-    Raises:
-        ConfigError: no such file, an error in it, or an unknown or mistyped field.
-    """
-    if not paths.named("--config", path).is_file():
-        raise ConfigError(f"--config: got {path!r}, which is no file; takes a file like configs/tiny.py")
-    if str(REPOSITORY) not in sys.path:
-        sys.path.append(str(REPOSITORY))  # for `from configs import base`, wherever the file lies
-    try:
-        values = runpy.run_path(path)["get_config"]()
-    except Exception as e:  # the file is the user's program: whatever it raises is theirs to mend
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        where = f"{path}:{lines[-1]}" if lines else path
-        what = "has no function get_config" if repr(e) == "KeyError('get_config')" else f"{type(e).__name__}: {e}"
-        if near := re.search(r"Did you mean .*?\?", what):  # ml_collections tells much more about a mistyped field
-            what = f"no such field; {near[0]}"
-        raise ConfigError(f"--config: {where}: {what}") from e
-    if not isinstance(values, ml_collections.ConfigDict):
-        raise ConfigError(f"--config: {path}: get_config() returned {type(values).__name__}; takes a ConfigDict")
-    return from_config_dict(values)
 
 
 def help_text(
@@ -234,7 +209,7 @@ def help_text(
     if default_config is not None:
         own = "the run's own in --workdir, else " if "workdir" in values else ""
         general += [("--config=FILE", f"config file (default {own}{default_config})")]
-        path, others = _take("config", argv)
+        path, others = take("config", argv)
         config, _ = _base(path, default_config, others if "workdir" in values else [])
         heading = f"config fields, with their values in {path or config.name}:"
         shown = [(f"--config.{field.path}={attrgetter(field.path)(config)}", field.comment) for field in fields()]
@@ -254,7 +229,7 @@ def _base(path: str | None, default: str, argv: Sequence[str]) -> tuple[Config, 
     """
     if path is not None:
         return load_config(path), False
-    folder = _take("workdir", argv)[0]
+    folder = take("workdir", argv)[0]
     if folder and (paths.named("--workdir", folder) / "config.json").is_file():
         return read_config(paths.named("--workdir", folder))[0], False
     return load_config(str(REPOSITORY / default)), True
@@ -267,7 +242,7 @@ def _of_run(path: str | None, argv: Sequence[str], overridden: list[str], of_run
     for field in overridden:
         if field not in of_run.takes:
             raise ConfigError(f"{field}: is the run's own and cannot be changed here; takes {', '.join(of_run.takes)}")
-    folder = _take("workdir", argv)[0]
+    folder = take("workdir", argv)[0]
     if folder is None:
         folder = str(of_run.newest())
         argv = [*argv[:1], f"--workdir={folder}", *argv[1:]]
@@ -277,7 +252,7 @@ def _of_run(path: str | None, argv: Sequence[str], overridden: list[str], of_run
     return config, list(argv)
 
 
-def _take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+def take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of a flag, and the other arguments: config_flags wants a config before absl reads the command line."""
     value, others = None, []
     arguments = iter(argv)

@@ -54,11 +54,11 @@ def _count(jaxpr, times: float, busy: float, scope: str, sizes: dict[str, int], 
         if COLLECTIVES.match(name):
             axes = params.get("axes", params.get("axis_name"))
             if math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes)) > 1:
-                out[_role(where)] += times * sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
+                out[role(where)] += times * sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
         elif name == "reshard":  # outside of `shard_map`: a gather where the result is split less
             before, after = (bytes_on_device(x.aval) for x in (equation.invars[0], equation.outvars[0]))
             if after > before:
-                out[_role(where)] += times * before
+                out[role(where)] += times * before
         inner = times * {"scan": params.get("length", 1), "cond": busy}.get(name, 1)
         for value in params.values():
             for nested in value if isinstance(value, tuple) else (value,):  # a conditional has several
@@ -67,6 +67,7 @@ def _count(jaxpr, times: float, busy: float, scope: str, sizes: dict[str, int], 
                     _count(nested, inner, busy, where, sizes, out)
 
 
-def _role(scope: str) -> str:
+def role(scope: str) -> str:
+    """Of what is sent in the scopes that `scope` lists, the innermost last."""
     scopes = _SCOPE.findall(scope)
     return ROLES[scopes[-1]] if scopes else STATISTICS

@@ -10,14 +10,15 @@ from maxsep.parallel.sharding import axes_of
 def bytes_on_device(tree) -> int:
     """Bytes of one device's parts of abstract arrays, or arrays, that know their sharding."""
 
-    def size(x) -> int:
-        if x.sharding is None or not x.ndim:
-            return x.size * x.dtype.itemsize
-        sizes = x.sharding.mesh.shape
-        ways = math.prod(sizes[axis] for dim in range(x.ndim) for axis in axes_of(x.sharding.spec, dim))
-        return x.size * x.dtype.itemsize // ways
+    return sum(math.prod(dims_on_device(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    return sum(map(size, jax.tree.leaves(tree)))
+
+def dims_on_device(x) -> tuple[int, ...]:
+    """Dimensions of one device's part of an array, abstract or not, that knows its sharding."""
+    if x.sharding is None or not x.ndim:
+        return x.shape
+    sizes, spec = x.sharding.mesh.shape, x.sharding.spec
+    return tuple(size // math.prod(sizes[axis] for axis in axes_of(spec, dim)) for dim, size in enumerate(x.shape))
 
 
 def of_state(state) -> dict[str, int]:

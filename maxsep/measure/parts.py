@@ -8,6 +8,9 @@ from pathlib import Path
 
 import jax
 
+from maxsep.measure import hlo
+from maxsep.measure.communication import role
+
 # The `jax.named_scope`s of the model and the step. An operation belongs to the innermost that it was traced in.
 PARTS = (
     "embedding",
@@ -20,45 +23,46 @@ PARTS = (
     "gradient_reduction",
     "optimizer",
 )
+COMMUNICATION = "communication: "  # before the role of what is sent
 _SCOPE = re.compile(rf"(?<![\w.])({'|'.join(PARTS)})(?![\w.])")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
-_COLLECTIVE = re.compile(r"\s(all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute)(-start|-done)?\(")
-_CONTROL = re.compile(r"\s(while|conditional|call)\(")  # what they contain is timed by itself
+_CONTROL = ("while", "conditional", "call")  # what they contain is timed by itself
 
 
-def parts_of(hlo: str) -> dict[str, str]:
-    """The part to which each instruction of a compiled program's text belongs.
+def parts_of(module: hlo.Module) -> dict[str, str]:
+    """The part to which each instruction of a compiled program belongs.
 
-    A collective is `communication`, whatever it is for: most of its time it waits for other devices. What lies in no
-    scope is `other`.
+    A collective is `communication: ` and its role, not the part it serves: most of its time it waits for other devices.
+    What lies in no scope is `other`.
     """
-    parts = {}
-    for line in hlo.splitlines():
-        instruction = _INSTRUCTION.match(line)
-        if instruction is None or _CONTROL.search(line):
-            continue
-        path = re.search(r'op_name="([^"]*)"', line)
-        scopes = _SCOPE.findall(path[1]) if path else []
-        parts[instruction[1]] = "communication" if _COLLECTIVE.search(line) else scopes[-1] if scopes else "other"
-    return parts
+
+    def part(instruction: hlo.Instruction) -> str:
+        if instruction.collective:
+            return COMMUNICATION + role((instruction.paths or [instruction.path])[0])
+        scopes = _SCOPE.findall(instruction.path)
+        return scopes[-1] if scopes else "other"
+
+    return {name: part(one) for name, one in module.by_name.items() if one.opcode not in _CONTROL}
 
 
-def measure(step: Callable[[], object], hlo: str, steps: int = 2) -> dict[str, float]:
+def measure(step: Callable[[], object], module: hlo.Module, steps: int = 2) -> dict[str, float]:
     """Share of each part in the time that operations took in `steps` steps, all threads together, the largest first.
 
-    `step` runs the program of which `hlo` is the compiled text, on CPU devices.
+    `step` runs the program `module` on CPU devices.
     """
-    parts, seconds = parts_of(hlo), Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
                 step()
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(path))
-    for plane in profile.planes:
-        for line in plane.lines:  # a thread
-            for event in line.events:  # on the CPU an operation's event has its instruction's name
-                if event.name in parts:
-                    seconds[parts[event.name]] += event.duration_ns
-    total = sum(seconds.values())
-    return {part: time / total for part, time in seconds.most_common()}
+        return shares(Path(folder), module)
+
+
+def shares(folder: Path, module: hlo.Module) -> dict[str, float]:
+    """The same of the profile in `folder`, of a run of `module` on CPU devices; {} where there is none of it."""
+    parts, seconds = parts_of(module), Counter()
+    for path in sorted(folder.rglob("*.xplane.pb"))[-1:]:
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines:  # a thread
+                for event in line.events:  # on the CPU an operation's event has its instruction's name
+                    if event.name in parts:
+                        seconds[parts[event.name]] += event.duration_ns
+    return {part: time / seconds.total() for part, time in seconds.most_common()}

@@ -38,7 +38,7 @@ def train(results: list[dict]) -> str:
     if "parts" in ours:
         shares = [(part, f"{share:.1%}") for part, share in ours["parts"].items()]
         lines += ["", *columns([("part of the step", "share"), *shares])]
-        if "communication" in ours["parts"]:
+        if any(part.startswith("communication") for part in ours["parts"]):
             lines += ["communication includes waiting for other devices"]
     return "\n".join(lines)
 

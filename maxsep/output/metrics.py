@@ -41,6 +41,12 @@ def expert_load(counts_le: np.ndarray) -> dict:
     return {"expert_load_max_over_mean": float(max_over_mean_l.max()), "layers": layers}
 
 
+def expert_shares(counts_le: np.ndarray) -> list[list[float]]:
+    """Each expert's share of its layer's choices, layers × experts."""
+    counts_le = np.asarray(counts_le, np.float64)
+    return (counts_le / counts_le.sum(axis=1, keepdims=True)).tolist()
+
+
 def device_memory() -> dict[str, int]:
     """`memory_peak_bytes` and `memory_limit_bytes` of the fullest device of this process; {} where none tells."""
     stats = [s for s in (device.memory_stats() for device in jax.local_devices()) if s and "peak_bytes_in_use" in s]
@@ -76,6 +82,7 @@ class MetricsWriter:
             step: finished optimizer steps.
             split: train, eval.
             values: figures by name; under `layers` lists of a figure a layer. What is not finite becomes null.
+                `expert_shares` is no TensorBoard event.
 
         Returns:
             The row.
@@ -89,7 +96,7 @@ class MetricsWriter:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file.fileno())
         for name, value in values.items():
-            if name != "layers":
+            if name not in ("layers", "expert_shares"):
                 self._event(f"{split}/{name}", value, step)
         for name, per_layer in values.get("layers", {}).items():
             for layer, value in enumerate(per_layer):

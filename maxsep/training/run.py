@@ -55,10 +55,14 @@ class Run:
         self.bubble = pipeline.bubble(self.stages, train.accumulation)
         self.eval_step = jax.jit(self.program.eval_step)
 
-    def compile_train_step(self):
-        """The compiled train step, which takes and donates a state, and takes a batch."""
+    def lower_train_step(self):
+        """The train step, which takes and donates a state, and takes a batch; before it is compiled."""
         batch = jax.ShapeDtypeStruct(self.batch_shape, jnp.int32, sharding=self.batch_sharding)
-        return jax.jit(self.program.train_step, donate_argnums=0).lower(self.abstract_state, batch).compile()
+        return jax.jit(self.program.train_step, donate_argnums=0).lower(self.abstract_state, batch)
+
+    def compile_train_step(self):
+        """The compiled train step."""
+        return self.lower_train_step().compile()
 
     def new_state(self) -> TrainState:
         """Step 0, with weights drawn from the seed or those that `train.init_from` names."""
@@ -101,8 +105,11 @@ class Run:
         loss = cross_entropy / targets
         return {"loss": loss, "perplexity": metrics.perplexity(loss), "seconds": time.monotonic() - start}
 
-    def figures(self, device_metrics: dict, seconds: float, peak: float | None) -> dict:
-        """A row of `metrics.jsonl` from what the train step returned and the seconds it took."""
+    def figures(self, device_metrics: dict, seconds: float, peak: float | None, shares: bool = False) -> dict:
+        """A row of `metrics.jsonl` from what the train step returned and the seconds it took.
+
+        With `shares` also each expert's of the choices.
+        """
         values = jax.device_get(device_metrics)
         load_le, dropped_l, skipped = (values.pop(name) for name in ("load_le", "dropped_l", "skipped"))
         load = metrics.expert_load(load_le)
@@ -118,6 +125,7 @@ class Run:
             "dropped_fraction": float(dropped_l.sum() / load_le.sum()),
             "skipped_steps": int(skipped[0]),
             **load,
+            **({"expert_shares": metrics.expert_shares(load_le)} if shares else {}),
             **metrics.device_memory(),
         }
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from maxsep.config import Config, ConfigError, ModelConfig, cli, fields, from_config_dict, to_config_dict
+from maxsep.config import Config, ConfigError, ModelConfig, fields, files, from_config_dict, to_config_dict
 from maxsep.config.paths import REPOSITORY
 from maxsep.config.validate import tokenizer_ids, validate
 
@@ -21,12 +21,12 @@ def changed(values: dict, base: Config | None = None) -> Config:
 
 
 def tiny() -> Config:
-    return cli.load_config(str(CONFIGS[0].parent / "tiny.py"))
+    return files.load_config(str(CONFIGS[0].parent / "tiny.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_are_valid_and_survive_the_trip_through_their_views(path):
-    config = cli.load_config(str(path))
+    config = files.load_config(str(path))
     validate(config)
     assert config.name == path.stem
     assert from_config_dict(to_config_dict(config)) == config
@@ -50,7 +50,7 @@ def test_what_is_left_out_is_the_default():
 
 
 def test_parameters():
-    seed = cli.load_config(str(CONFIGS[0].parent / "seed.py")).model
+    seed = files.load_config(str(CONFIGS[0].parent / "seed.py")).model
     assert seed.parameters == 13_565_407_232
     attention, experts = 2 * 8 * 4 * (6 + 2), 3 * 2 * 8 * 5
     small = ModelConfig(layers=2, d_model=8, heads=6, kv_heads=2, head_dim=4, experts=3, d_ff=5, vocab_size=11)

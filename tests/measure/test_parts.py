@@ -1,6 +1,6 @@
 """The part of the model to which a compiled instruction belongs."""
 
-from maxsep.measure import parts
+from maxsep.measure import hlo, parts
 
 HLO = """
 HloModule jit_train_step, is_scheduled=true
@@ -22,9 +22,9 @@ ENTRY %main {
 
 
 def test_every_instruction_has_its_innermost_scope():
-    assert parts.parts_of(HLO) == {
+    assert parts.parts_of(hlo.parse(HLO)) == {
         "dot.1": "experts",
-        "ar.2": "communication",
+        "ar.2": "communication: statistics",
         "tuple.3": "moe",
         "state.params__head_vd__": "other",  # a parameter's name is no scope
         "fusion.4": "head",

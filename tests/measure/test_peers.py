@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from maxsep.config import ConfigError, cli
+from maxsep.config import ConfigError, files
 from maxsep.measure import peers
 
-BENCH = cli.load_config(str(cli.REPOSITORY / "configs" / "bench.py"))
+BENCH = files.load_config(str(files.REPOSITORY / "configs" / "bench.py"))
 SHAPE = {"layers": 1, "d_model": 32, "batch": 2, "sequence": 8}
 
 # In the place of the peer's own script, but with the flags and the protocol of all peers' scripts.

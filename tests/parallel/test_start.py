@@ -6,11 +6,11 @@ import os
 import jax
 import pytest
 
-from maxsep.config import ConfigError, MeshConfig, cli
+from maxsep.config import ConfigError, MeshConfig, files
 from maxsep.config.paths import REPOSITORY
 from maxsep.parallel import start
 
-TINY = cli.load_config(str(REPOSITORY / "configs" / "tiny.py"))
+TINY = files.load_config(str(REPOSITORY / "configs" / "tiny.py"))
 
 
 def on_mesh(attention, expert):

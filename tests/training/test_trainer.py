@@ -189,7 +189,7 @@ def test_halts_on_non_finite_values(call, workdir):
 
 def test_a_result_that_is_not_finite_is_told_as_such(call, workdir, monkeypatch):
     figures = Run.figures
-    monkeypatch.setattr(Run, "figures", lambda *args: figures(*args) | {"loss": np.nan})
+    monkeypatch.setattr(Run, "figures", lambda *args, **options: figures(*args, **options) | {"loss": np.nan})
     monkeypatch.setattr(Run, "evaluate", lambda *_: {"loss": np.nan, "perplexity": np.nan, "seconds": 1.0})
     for _ in range(2):  # as a new run, and as one that is finished
         status, out, err = call(workdir)

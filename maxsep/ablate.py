@@ -1,0 +1,94 @@
+"""Compares layouts and meshes: trains the same model on each, one run after the other, and writes one report.
+
+    python -m maxsep.ablate --config=configs/ablations/study.py --workdir=runs/ablation
+    python -m maxsep.ablate --config=configs/tiny.py --runs=ma:4x4,ma:2x8,tp:8x2
+
+A run is layout:attention x expert, or layout:stage x attention x expert; without --runs they are the config's RUNS.
+Each is a train.py of its own. The same command goes on where it was stopped: what has finished is kept. A run that
+fails is a row that says why. The report is ablation.md, ablation.json, ablation.html, and pictures with the extra viz.
+"""
+
+import os
+import shlex
+import sys
+import time
+
+from absl import flags
+
+from maxsep.cluster import process
+from maxsep.config import ConfigError, cli, files, paths
+from maxsep.config.paths import REPOSITORY
+
+DEFAULT = "configs/ablations/study.py"
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "runs/ablation", "folder of the ablation", flag_values=values)
+    flags.DEFINE_list(
+        "runs", None, "what to compare, as ma:4x4,pp:2x1x8 (default the config's RUNS)", flag_values=values
+    )
+    flags.DEFINE_string("size", None, "of a config that has several, as tiny, study", flag_values=values)
+    flags.DEFINE_boolean("decode", True, "also time decoding, on the study's strategies", flag_values=values)
+
+
+def main(args: cli.Args, argv: list[str]) -> None:
+    from maxsep.ablation import trial
+    from maxsep.data import preparation
+    from maxsep.output import workdir
+
+    process.refuse_several("ablate")
+    named = args.flags.workdir
+    folder = paths.run_folder(named, exists=False)
+    if (folder / "config.json").exists():
+        raise ConfigError(f"--workdir: got {named}, which is the folder of a run; takes one for the ablation's runs")
+    config_path = cli.take("config", argv)[0]
+    runs = files.listed(config_path, "RUNS") if args.flags.runs is None else args.flags.runs
+    if args.flags.runs is None and not runs:
+        raise ConfigError(f"--runs: none given, and {config_path} has no RUNS; takes {trial.TAKES}")
+    shared = cli.config_arguments(argv)
+    for flag in shared:
+        field = flag.lstrip("-").partition("=")[0].removeprefix("config.")
+        if field in trial.OF_THE_RUNS:
+            raise ConfigError(f"{field}: is set by each run of --runs; takes no flag here")
+    trials = trial.trials(runs, args.config, folder)
+    for one in trials:
+        workdir.check_start(one.folder, one.config, training=True)
+    preparation.check(args.config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"--workdir: cannot write to {named}: {e.strerror}") from e
+
+    from maxsep.ablation.session import Session
+
+    began = time.monotonic()
+    session = Session(trials, folder, shared, args.flags.decode)
+    session.run()
+    try:
+        runs = [] if args.flags.runs is None else [f"--runs={','.join(args.flags.runs)}"]
+        session.report(shlex.join(["python", "-m", "maxsep.ablate", *shared, *runs, f"--workdir={named}"]))
+    except OSError as e:
+        again = "with room for it the same command writes it"
+        raise cli.Exit(cli.SAVE_FAILED, f"cannot write the report in {named}: {e.strerror}; {again}") from e
+    print(f"{time.monotonic() - began:.0f} s; written: {paths.shown(folder)}: {session.written}", flush=True)
+    if session.stopped:
+        raise cli.Exit(cli.STOPPED, f"{session.stopped}: stopped; the same command goes on from there")
+
+
+def run(argv: list[str]) -> int:
+    """`main` with a command line in which --config is always there, with --size as its argument."""
+    return cli.run(
+        lambda args: main(args, with_config(argv)), define, __doc__, default_config=DEFAULT, argv=with_config(argv)
+    )
+
+
+def with_config(argv: list[str]) -> list[str]:
+    path, others = cli.take("config", argv)
+    size, _ = cli.take("size", argv)
+    path = str(paths.shown(REPOSITORY / DEFAULT)) if path is None else path
+    return [*others, f"--config={path}" + (f":{size}" if size else "")]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.exit(run(sys.argv))

@@ -1,0 +1,71 @@
+"""A command of ours as a child process: its lines go to a log, a signal to stop it is passed on."""
+
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from maxsep.cluster.group import end_with_parent
+from maxsep.training.signals import Stop
+
+
+def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: Stop) -> int:
+    """Runs Python with the arguments `command` until it ends, and returns its status.
+
+    The command and its output go to `log`, on a terminal its last line is shown too. Where `stop` is asked, it is told
+    once.
+    """
+    with log.open("w", encoding="utf-8") as output:
+        print("$ python", shlex.join(command), file=output, flush=True)
+        child = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            process_group=0,  # a terminal's Ctrl-C comes to this program alone
+            preexec_fn=end_with_parent,
+        )
+    told = False
+    with _status() as status:
+        try:
+            while child.poll() is None:
+                if stop.asked and not told:
+                    child.send_signal(signal.SIGTERM)
+                    told = True
+                if status is not None:
+                    status.update(escape(last(log)[: shutil.get_terminal_size().columns - 4]))
+                time.sleep(0.1)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+    return child.returncode
+
+
+def why(log: Path) -> str:
+    """What a child that failed has said: its line of error, or else its last."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def last(log: Path) -> str:
+    """The last whole line of a log."""
+    with log.open("rb") as f:
+        f.seek(max(0, log.stat().st_size - 4096))
+        lines = f.read().decode(errors="replace").splitlines()
+    return lines[-1] if lines else ""
+
+
+def _status() -> AbstractContextManager:
+    """On a terminal a line that changes; else nothing."""
+    return Console().status("") if sys.stdout.isatty() else nullcontext()

@@ -1,0 +1,128 @@
+"""What a finished run of an ablation comes to: collected from its folder, and kept there as result.json."""
+
+import dataclasses
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import jax
+
+from maxsep.ablation.trial import Trial
+from maxsep.config import Config
+from maxsep.measure import buffers, parts, program
+from maxsep.measure.timing import quantile
+from maxsep.output.durable import write_json
+from maxsep.output.metrics import read_rows
+from maxsep.parallel import pipeline
+from maxsep.parallel.mesh import abstract_mesh
+from maxsep.training.step import Program
+
+DUMPS = "program"  # the folder in a run's, of what XLA tells of the compiled train step
+DECODE = "decode.jsonl"
+FIRST = 2  # steps that warm up, not timed
+
+
+def kept(trial: Trial) -> dict | None:
+    """The result of an earlier start, if it is of the same config."""
+    path = trial.folder / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["config"] == _plain(trial.config) else None
+
+
+def collect(trial: Trial) -> dict:
+    """Reads a run that has ended well, and writes its result.json.
+
+    Returns:
+        name, layout, mesh, devices, config; of each step `losses`, `dropped`, `seconds`; of the run `step_seconds`
+        (median, p10, p90 of the steps that are neither the first nor profiled), speeds, `expert_shares`,
+        `load_balancing_loss`, `eval_loss`; of the program `sent` (operand and wire bytes of a device and step, by role
+        and kind), `flops`, `memory` (bytes a device by kind); `parts` (shares of the time) where they can be told;
+        None for what is not known.
+    """
+    folder, config = trial.folder, trial.config
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
+    last = rows[-1]
+    seconds = _timed(rows, config)
+    median = statistics.median(seconds)
+    tokens = config.train.batch_size * config.data.sequence_length
+    usage = statistics.median(row["mfu"] for row in rows) if last["mfu"] is not None else None
+    devices = json.loads((folder / "config.json").read_text(encoding="utf-8"))["devices"]
+    result = {
+        "name": trial.name,
+        "layout": config.layout,
+        "mesh": config.mesh.sizes,
+        "devices": trial.devices,
+        "config": _plain(config),
+        "device_kind": devices["kind"],
+        "parameters": summary["parameters"],
+        "steps": [row["step"] for row in rows],
+        "losses": [row["loss"] for row in rows],
+        "dropped": [row["dropped_fraction"] for row in rows],
+        "seconds": [row["step_seconds"] for row in rows],
+        "step_seconds": {
+            "median": median,
+            "p10": quantile(sorted(seconds), 0.1),
+            "p90": quantile(sorted(seconds), 0.9),
+        },
+        "tokens_per_second": tokens / median,
+        "tokens_per_second_per_device": tokens / median / trial.devices,
+        "mfu": None if usage is None else usage * summary["step_seconds"] / median,
+        "eval_loss": summary["eval_loss"],
+        "eval_perplexity": summary["eval_perplexity"],
+        "load_balancing_loss": last["load_balancing_loss"],
+        "experts_used": statistics.fmean(last["layers"]["experts_used"]),
+        "expert_shares": last["expert_shares"],
+        "bubble": summary["bubble"],
+        **_program(folder, config, devices["kind"]),
+        "decode": _decoded(folder),
+    }
+    shutil.rmtree(folder / "profile", ignore_errors=True)
+    write_json(folder / "result.json", result)
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def _timed(rows: list[dict], config: Config) -> list[float]:
+    """Seconds of the steps that say how fast the run is."""
+    first, last = map(int, config.train.profile.split(":"))
+    times = [row["step_seconds"] for row in rows if row["step"] > FIRST and not first <= row["step"] <= last + 1]
+    return times or [row["step_seconds"] for row in rows]
+
+
+def _program(folder: Path, config: Config, kind: str) -> dict:
+    unknown = dict.fromkeys(("sent", "flops", "memory", "parts"))
+    dumped = buffers.read(folder / DUMPS)
+    if dumped is None:
+        return unknown
+    module, plan = dumped
+    with jax.enable_x64(config.model.dtype == "float64"), jax.sharding.use_abstract_mesh(abstract_mesh(config)):
+        made = Program(config, platform="cpu")  # of the same shapes on any platform
+        state = jax.eval_shape(made.init)
+    busy = 1 - pipeline.bubble(made.layout.ways("l"), config.train.accumulation)
+    profile = parts.shares(folder / "profile", module) if kind == "cpu" else {}
+    return {
+        "sent": [dataclasses.asdict(one) for one in program.sent(module, busy)],
+        "flops": program.products(module, busy),
+        "memory": buffers.by_kind(module, plan, state),
+        "parts": profile or None,
+    }
+
+
+def _decoded(folder: Path) -> list[dict] | None:
+    path = folder / DECODE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else None
+
+
+def tidy(folder: Path) -> None:
+    """Removes of what XLA has dumped all that `buffers.read` does not read: hundreds of files of machine code."""
+    for path in folder.glob("*"):
+        if not path.name.endswith(("_after_optimizations.txt", "-buffer-assignment.txt", "-live-range.txt")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _plain(config: Config) -> dict:
+    """As JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

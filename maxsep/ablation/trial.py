@@ -1,0 +1,78 @@
+"""One run of an ablation: a layout on a mesh, as `ma:4x4`, over the config that all runs share."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from maxsep.config import Config, ConfigError
+from maxsep.config.validate import validate
+
+STRATEGIES = {"tp": "TP", "pp": "PP", "tp_pp": "TP, PP", "ma": "MA"}  # what the study compares, by layout
+TAKES = "layout:attention x expert or layout:stage x attention x expert, as ma:4x4,tp:8x2,pp:2x1x8"
+OF_THE_RUNS = ("layout", "mesh.stage", "mesh.attention", "mesh.expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What is to be run. `flags` are those of train.py that make `config` of the shared one."""
+
+    name: str
+    config: Config
+    flags: tuple[str, ...]
+    folder: Path
+
+    @property
+    def devices(self) -> int:
+        return self.config.mesh.devices
+
+
+def trials(runs: Sequence[str], config: Config, folder: Path) -> list[Trial]:
+    """The runs that are written as `TAKES` says, each in a folder of its own under `folder`.
+
+    Raises:
+        ConfigError: one is mistyped, is there twice, or does not fit the config: which, and the field to set.
+    """
+    out: list[Trial] = []
+    for run in runs:
+        made = _trial(run.strip(), config, folder)
+        if any(made.folder == other.folder for other in out):
+            raise ConfigError(f"--runs: got {made.name} twice; takes each once")
+        out.append(made)
+    if not out:
+        raise ConfigError(f"--runs: none given; takes {TAKES}")
+    return out
+
+
+def _trial(run: str, config: Config, folder: Path) -> Trial:
+    layout, _, mesh = run.rpartition(":")
+    sizes = mesh.lower().split("x")
+    if not layout or len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigError(f"--runs: got {run!r}; takes {TAKES}")
+    stage, attention, expert = map(int, ["1", *sizes][-3:])
+    shape = {"stage": stage, "attention": attention, "expert": expert}
+    train = config.train
+    if train.profile is None:  # the last two steps
+        train = dataclasses.replace(train, profile=f"{max(1, train.steps - 1)}:{train.steps}")
+    train = dataclasses.replace(train, log_every=1)
+    mesh = dataclasses.replace(config.mesh, **shape)
+    made = dataclasses.replace(config, layout=layout, mesh=mesh, train=train)
+    try:
+        validate(made)
+    except ConfigError as e:
+        raise ConfigError(f"--runs: {run}: {e}") from e
+    flags = [f"--config.layout={layout}", *(f"--config.mesh.{axis}={size}" for axis, size in shape.items())]
+    flags += [f"--config.train.log_every={train.log_every}", f"--config.train.profile={train.profile}"]
+    sizes = sizes if stage == 1 else [str(stage), *sizes[-2:]]
+    name = f"{layout}:{'x'.join(str(int(size)) for size in sizes[-2 if stage == 1 else -3 :])}"
+    return Trial(name, made, tuple(flags), folder / re.sub(r"[^\w]+", "-", name).strip("-"))
+
+
+def columns(names: Sequence[str]) -> dict[str, str]:
+    """The names that stand for the study's strategies, each the first of its layout, by the strategy; in its order."""
+    found = {}
+    for layout, label in STRATEGIES.items():
+        for name in names:
+            if name.rpartition(":")[0] == layout:
+                found.setdefault(label, name)
+    return found

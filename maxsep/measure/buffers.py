@@ -1,0 +1,167 @@
+"""What lies in a device's memory when a compiled program needs the most of it, as the compiler has planned it.
+
+XLA tells the life of every buffer only in files that it dumps; `dumping` asks for them.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from maxsep.measure import hlo, memory
+
+# The kinds of what is neither an argument nor a result.
+KINDS = ("gradients", "activations", "communication", "update", "copies", "unused")
+
+_ALLOCATION = re.compile(r"allocation \d+: size (\d+),(.*):$")
+_VALUE = re.compile(r" value: <\d+ (\S+).*? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
+
+
+@dataclass(frozen=True)
+class Value:
+    """An array in the memory that a program reserves: its instruction, its place there, and when it is there."""
+
+    name: str
+    array: hlo.Array
+    offset: int
+    size: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on a device: of `arguments`, of results that take no argument's place, of constants, and what is reserved.
+
+    `values` are what lies in the reserved `temporaries`, which is as large as they need at a time.
+    """
+
+    arguments: int
+    results: int
+    constants: int
+    temporaries: int
+    values: tuple[Value, ...]
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.results + self.constants + self.temporaries
+
+    def fullest(self) -> list[tuple[Value, int]]:
+        """The values that are there at once when they need the most, and the bytes that each has for itself."""
+        moments = sorted({value.first for value in self.values})
+        return max(map(self._at, moments), key=lambda there: sum(own for _, own in there), default=[])
+
+    def _at(self, moment: int) -> list[tuple[Value, int]]:
+        there = [value for value in self.values if value.first <= moment <= value.last]
+        out, end = [], 0
+        # One that begins when another ends may take its place: it is then the one that counts.
+        for value in sorted(there, key=lambda value: (value.offset, -value.first)):
+            own = max(0, value.offset + value.size - max(value.offset, end))
+            end = max(end, value.offset + value.size)
+            out.append((value, own))
+        return out
+
+
+def dumping(environment: dict[str, str], folder: Path, program: str) -> dict[str, str]:
+    """The environment of a process that writes what `read` reads, of compiled functions whose name holds `program`."""
+    flags = f"--xla_dump_to={folder} --xla_dump_hlo_module_re=.*{program}.* --xla_dump_hlo_as_text"
+    return environment | {"XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} {flags}".strip()}
+
+
+def read(folder: Path) -> tuple[hlo.Module, Plan] | None:
+    """The program that was compiled last of those dumped in `folder`, and its plan; None: there is none, or no plan."""
+    plans = sorted(folder.glob("*_after_optimizations-buffer-assignment.txt"), key=lambda path: path.stat().st_mtime)
+    if not plans:
+        return None
+    stem = str(plans[-1]).removesuffix("-buffer-assignment.txt")
+    text, ranges = Path(f"{stem}.txt"), Path(f"{stem}-live-range.txt")
+    if not (text.exists() and ranges.exists()):
+        return None
+    return hlo.parse(text.read_text()), parse(plans[-1].read_text(), ranges.read_text())
+
+
+def parse(assignment: str, live_ranges: str) -> Plan:
+    """XLA's dumped texts as a plan."""
+    lives = re.findall(r"^    (\S+):(\d+)-(\d+)$", live_ranges.partition("BufferLiveRange:")[2], re.MULTILINE)
+    times = {name: (int(first), int(last)) for name, first, last in lives}
+    sizes, values, kind = Counter(), [], ""
+    for line in assignment.splitlines():
+        if header := _ALLOCATION.match(line):
+            kind = _kind(header[2])
+            sizes[kind] += int(header[1])
+        elif kind == "temporaries" and (found := _VALUE.match(line)):
+            name, size, offset, shape = found.groups()
+            # A tuple of its own is a table of addresses: no array that we would know.
+            array = (hlo.arrays(shape) or [hlo.Array("token", ())])[0]
+            first, last = times.get(name) or times[f"{name}{{}}"]
+            values.append(Value(name.partition("{")[0], array, int(offset), int(size), first, last))
+    return Plan(*(sizes[kind] for kind in ("arguments", "results", "constants", "temporaries")), tuple(values))
+
+
+def _kind(words: str) -> str:
+    if " parameter " in words:
+        return "arguments"
+    if "preallocated-temp" in words:
+        return "temporaries"
+    return "constants" if "constant" in words else "results"
+
+
+def by_kind(module: hlo.Module, plan: Plan, state) -> dict[str, int]:
+    """Bytes a device when the program needs the most: of its arguments and results, and what `at_peak` tells.
+
+    `state` is the abstract `TrainState`. Arguments are `parameters`, `optimizer` and `batch`, with the step's number
+    and the like. `results` take no argument's place, as the step's figures. The sum is `plan.peak`.
+    """
+    parameters, optimizer = memory.bytes_on_device(state.params), memory.bytes_on_device(state.optimizer)
+    batch = plan.arguments - parameters - optimizer
+    weights = {(x.dtype.name, memory.dims_on_device(x)) for x in jax.tree.leaves(state.params)}
+    arguments = {"parameters": parameters, "optimizer": optimizer, "batch": batch}
+    return arguments | at_peak(module, plan, weights) | {"results": plan.results, "constants": plan.constants}
+
+
+def at_peak(module: hlo.Module, plan: Plan, weights: set[tuple[str, tuple[int, ...]]]) -> dict[str, int]:
+    """Bytes a device of each of `KINDS`, when the program needs the most. Their sum is `plan.temporaries`.
+
+    Args:
+        module, plan: as `read` gives them.
+        weights: type and dimensions of a device's part of each weight. What is made in them outside of the forward
+            pass, or in those of one layer of it, is a gradient.
+
+    Returns:
+        `gradients`; `communication`, what collectives have received; `update`, the optimizer's work; `copies` that XLA
+        makes of arguments; `activations`, all else that the passes keep or work on; `unused`, gaps between them.
+    """
+    names = {"float32": "f32", "float64": "f64", "bfloat16": "bf16"}
+    shapes = {(names[dtype], _significant(some)) for dtype, dims in weights for some in (dims, dims[1:])}
+    out = Counter(dict.fromkeys(KINDS, 0))
+    for value, size in plan.fullest():
+        made = _origin(module, module.by_name[value.name])
+        shape = value.array.dtype, _significant(value.array.dims)
+        forward = "jvp(" in made.path and "transpose(" not in made.path
+        if made.opcode == "parameter" and made in module.computations[module.entry]:
+            kind = "copies"
+        elif made.collective:
+            kind = "communication"
+        elif "/optimizer/" in made.path:
+            kind = "update"
+        elif shape[1] and shape in shapes and not forward:
+            kind = "gradients"
+        else:
+            kind = "activations"
+        out[kind] += size
+    out["unused"] = plan.temporaries - out.total()
+    return dict(out)
+
+
+def _origin(module: hlo.Module, instruction: hlo.Instruction) -> hlo.Instruction:
+    """The instruction itself, or, of one that only copies or takes apart, that whose result it is."""
+    while instruction.opcode in ("copy", "bitcast", "get-tuple-element"):
+        instruction = module.made(instruction.operands[0])
+    return instruction
+
+
+def _significant(dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Without sizes of 1, in order: XLA turns arrays as it needs them."""
+    return tuple(sorted(dim for dim in dims if dim > 1))

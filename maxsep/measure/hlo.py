@@ -1,0 +1,176 @@
+"""A compiled program's text as instructions: XLA's optimised HLO, in the order in which it runs."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16}  # of an element; of other types their name says the bits
+
+_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\]")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+
+
+@dataclass(frozen=True)
+class Array:
+    """One of the arrays that an instruction makes."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        if self.dtype in BYTES:
+            return self.elements * BYTES[self.dtype]
+        bits = int(re.search(r"\d+", self.dtype)[0])  # of f32, bf16, s8, f8e4m3fn, u4
+        return -(-self.elements * bits // 8)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A line of the text.
+
+    `operands`: names, of one element of a tuple with #number; `called`: other computations; `body`: that of a loop;
+    `attributes`: as they are written.
+    """
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    called: tuple[str, ...]
+    body: str | None
+    attributes: str
+
+    @cached_property
+    def arrays(self) -> list[Array]:
+        """What it makes."""
+        return arrays(self.shape)
+
+    @property
+    def path(self) -> str:
+        """The functions and scopes in which it was traced; "" where XLA does not say."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def paths(self) -> list[str]:
+        """`path` for each operand: XLA joins collectives of several scopes to one, whose path lists theirs."""
+        listed = re.fullmatch(r"(.*?/)\((.*:.*)\)", self.path)
+        own = [listed[1] + path for path in listed[2].split(":")] if listed else []
+        return own if len(own) == len(self.operands) else [self.path] * len(self.operands)
+
+    @property
+    def trips(self) -> int | None:
+        """How often a loop runs; None where that depends on the data."""
+        found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
+    @property
+    def collective(self) -> str | None:
+        """Which of `COLLECTIVES` it is, or starts; None: none."""
+        kind = self.opcode.removesuffix("-start")
+        return kind if kind in COLLECTIVES else None
+
+
+@dataclass(frozen=True)
+class Module:
+    """Instructions of each computation, by name; `entry` is where the program begins, on `partitions` devices."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+    partitions: int
+
+    @cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """Every instruction; their names differ."""
+        return {i.name: i for instructions in self.computations.values() for i in instructions}
+
+    def made(self, operand: str) -> Instruction:
+        """The instruction that makes an operand."""
+        return self.by_name[operand.partition("#")[0]]
+
+    def arrays(self, operand: str) -> list[Array]:
+        """What an operand is: the arrays of a whole tuple, or of its element."""
+        found, element = self.made(operand).arrays, operand.partition("#")[2]
+        return [found[int(element)]] if element else found
+
+    def within(self, name: str) -> list[Instruction]:
+        """Instructions of a computation and of all that it calls."""
+        out = []
+        for instruction in self.computations[name]:
+            out += [instruction, *(i for called in instruction.called for i in self.within(called))]
+        return out
+
+    def run(self, busy: float = 1) -> Iterator[tuple[Instruction, float | None]]:
+        """Every instruction, and how often it runs on a device; None where that depends on the data.
+
+        A conditional's branches count `busy` times each: a pipeline's, of which one does nothing.
+        """
+        yield from self._run(self.entry, 1, busy)
+
+    def _run(self, name: str, times: float | None, busy: float) -> Iterator[tuple[Instruction, float | None]]:
+        for instruction in self.computations[name]:
+            yield instruction, times
+            inner = times
+            if instruction.opcode == "while":
+                inner = None if times is None or instruction.trips is None else times * instruction.trips
+            elif instruction.opcode == "conditional" and times is not None:
+                inner = times * busy
+            for called in instruction.called:
+                yield from self._run(called, inner, busy)
+
+    def devices(self, collective: Instruction) -> int:
+        """Devices among which a collective sends, the largest group's; 1: it sends nothing."""
+        text = collective.attributes
+        if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}?[,\s]", text):
+            return 1 + any(one != other for one, other in re.findall(r"\{(\d+),(\d+)\}?", pairs[1] + "}"))
+        if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}", text):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # of some a part: 'axis':(before)size
+            return math.prod(int(part or sizes[axis]) for axis, part in axes)
+        if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
+            return int(iota[1])
+        groups = re.search(r"replica_groups=\{(.*?)\}[,\s]", text)[1]
+        return max((len(group.split(",")) for group in re.findall(r"\{([\d,]+)", groups)), default=self.partitions)
+
+
+def parse(text: str) -> Module:
+    """HLO text as a module; what conditionals call are their branches."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", []
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        if header := _HEADER.match(line):
+            current = computations[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            name, shape, opcode, rest = found.groups()
+            called = re.findall(r"(?:body|condition|calls|to_apply|\w+_computation)=%?([\w.-]+)", rest)
+            called += re.findall(r"%?([\w.-]+)", (re.search(r"branch_computations=\{(.*?)\}", rest) or ["", ""])[1])
+            body = re.search(r"body=%?([\w.-]+)", rest)
+            operands = re.findall(r"%([\w.#-]+)", _arguments(rest))
+            current.append(Instruction(name, shape, opcode, tuple(operands), tuple(called), body and body[1], rest))
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    return Module(computations, entry, int(partitions[1]) if partitions else 1)
+
+
+def arrays(shape: str) -> list[Array]:
+    """The arrays of a written shape, of a tuple all."""
+    return [Array(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(shape)]
+
+
+def _arguments(rest: str) -> str:
+    """What stands before the parenthesis that closes the operands."""
+    depth = 1
+    for at, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return rest[:at]
+    return rest

@@ -1,0 +1,118 @@
+"""The whole of an ablation: runs in processes of their own, a report, and what is kept when it is cut off."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import kill
+import pytest
+from processes import QUICK, running
+from runs import SMALL
+
+from maxsep import ablate
+from maxsep.ablation import child
+from maxsep.ablation.session import Session
+from maxsep.config import cli
+
+
+def arguments(data, folder, runs: str, *more: str, **changed) -> list[str]:
+    own = {"mesh__attention", "mesh__expert"}
+    flags = [f for f in kill.flags(data, **SMALL | changed) if not any(name.replace("__", ".") in f for name in own)]
+    return ["ablate", f"--workdir={folder}", f"--runs={runs}", *flags, *more]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
+    for name in ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC"):
+        monkeypatch.delenv(name)
+
+
+def read(folder) -> dict:
+    return json.loads((folder / "ablation.json").read_text())
+
+
+def test_a_fault_is_told_and_what_has_finished_is_kept(data, tmp_path, capsys, monkeypatch, quick):
+    folder, other = tmp_path / "ablation", tmp_path / "other.txt"
+    other.write_text(data.read_text()[::-1])
+    training = Session._training
+
+    def faulty(self, trial):
+        return [*training(self, trial), *([f"--config.data.path={other}"] if trial.name == "tp:2x1" else [])]
+
+    monkeypatch.setattr(Session, "_training", faulty)
+    argv = arguments(data, folder, "ma:1x2,tp:2x1", "--nodecode")
+    assert ablate.run(argv) == cli.DONE
+    out, _ = capsys.readouterr()
+    warning = next(line for line in out.splitlines() if line.startswith("WARNING"))
+    assert "losses are not the same: ma:1x2, tp:2x1 above 1e-09" in warning and "cannot be told which" in warning
+    assert f"**{warning}.**" in (folder / "ablation.md").read_text()
+
+    found = read(folder)
+    for run in found["runs"]:
+        memory = run["memory"]
+        assert 0 <= memory["unused"] <= 0.02 * sum(memory.values()), run["name"]
+        assert sum(run["parts"].values()) == pytest.approx(1)
+        assert len(run["losses"]) == 4 and sum(sent["operand_bytes"] for sent in run["sent"]) > 0
+
+    monkeypatch.setattr(child, "run", lambda *args: pytest.fail("a finished run was started again"))
+    assert ablate.run(argv) == cli.DONE
+    assert "2/2 tp:2x1: has finished" in capsys.readouterr()[0]
+    assert read(folder) == found
+
+
+@pytest.mark.slow
+def test_cut_off_it_goes_on_and_a_run_that_fails_does_not_stop_it(data, tmp_path):
+    folder = tmp_path / "ablation"
+    # Of two devices that there are ma:2x2 takes four.
+    command = arguments(data, folder, "ma:2x2,ma:1x1,pp:2x1x1", train__steps=40, train__accumulation=2)
+    command = [sys.executable, "-m", "maxsep.ablate", *command[1:]]
+    environment = kill.environment() | QUICK | {"JAX_NUM_CPU_DEVICES": "2"}
+
+    def started():
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def until(holds):
+        end = time.monotonic() + kill.LIMIT
+        while not holds():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    rows = folder / "ma-1x1" / "metrics.jsonl"
+    ablation = started()
+    until(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 3)
+    (training,) = running(f"--workdir={folder / 'ma-1x1'}")
+    ablation.send_signal(signal.SIGKILL)
+    ablation.communicate()
+    until(lambda: not os.path.exists(f"/proc/{training}"))
+    assert not (folder / "ma-1x1" / "result.json").exists()
+    first = [json.loads(line)["loss"] for line in rows.read_text().splitlines()]
+
+    ablation = started()
+    until(lambda: (folder / "pp-2x1x1" / "metrics.jsonl").exists())
+    ablation.send_signal(signal.SIGTERM)
+    out, _ = ablation.communicate(timeout=kill.LIMIT)
+    assert ablation.returncode == cli.STOPPED, out
+    assert out.splitlines()[-1] == "error: SIGTERM: stopped; the same command goes on from there"
+    assert "not run yet: pp:2x1x1" in (folder / "ablation.md").read_text()
+    assert running(str(folder)) == []
+
+    out, _ = (ablation := started()).communicate(timeout=kill.LIMIT)
+    assert ablation.returncode == cli.DONE, out
+    assert "2/3 ma:1x1: has finished" in out and "all losses agree to 1e-09" in out
+    found = read(folder)
+    assert (
+        found["failed"].keys() == {"ma:2x2"} and "takes at most 2 x simulated CPU device" in found["failed"]["ma:2x2"]
+    )
+    for run in found["runs"]:
+        assert run["steps"] == list(range(1, 41)) and [one["shape"]["context"] for one in run["decode"]] == [
+            8,
+            16,
+            32,
+            64,
+        ]
+    assert found["runs"][0]["losses"][: len(first)] == first

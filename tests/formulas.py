@@ -1,0 +1,76 @@
+"""The formulas of docs/layouts.md, in its symbols."""
+
+import math
+
+import jax
+
+from maxsep.config.layouts import AXES, row
+from maxsep.measure.memory import bytes_on_device
+from maxsep.parallel.sharding import replicating_axes
+
+
+def sent_bytes(c, state) -> dict[str, float]:
+    """Operand bytes a device and step by role, of a config and its abstract state; without what is small beside them:
+    ids, weights of choices, the softmax's sums.
+    """
+    model, train, axes = c.model, c.train, row(c.layout)
+    size = dict(zip(AXES, c.mesh.shape, strict=True))
+
+    def ways(letter):
+        return math.prod(size[axis] for axis in axes.get(letter, ()))
+
+    A, B, L, D = train.accumulation, train.batch_size // train.accumulation, model.layers, model.d_model
+    c_bytes = {"bfloat16": 2, "float32": 4, "float64": 8}[model.dtype]
+    w_bytes = max(4, c_bytes)  # of a weight and its gradient
+    t = B * c.data.sequence_length // ways("b") // ways("s")
+    again = model.remat == "full"
+
+    def joined(letter) -> int:
+        """Devices whose tokens are joined for a layer that `letter` splits."""
+        tokens = axes["b"] + axes.get("s", ())
+        return math.prod(size[axis] for axis in axes.get(letter, ()) if axis in tokens)
+
+    def gather(letter) -> int:
+        return t * D * c_bytes if joined(letter) > 1 else 0
+
+    def scatter(letter) -> int:
+        return joined(letter) * gather(letter)
+
+    attention = (2 + again) * (gather("h") + scatter("h"))
+    if model.capacity_factor is None:
+        places = ways("e") * t * min(model.top_k, model.experts // ways("e"))
+    else:
+        group = model.capacity_group or t
+        places = t // group * model.experts * math.ceil(group * model.top_k * model.capacity_factor / model.experts)
+    exchanges = (4 + 2 * again) * places * D * c_bytes if ways("e") > 1 else 0
+    dispatch = exchanges + (2 + again) * gather("f") + 2 * scatter("f")
+    vocabulary = 2 * (gather("v") + scatter("v"))
+    P = ways("l")
+    if P > 1 and "stage" in axes["v"]:
+        vocabulary += 2 * t * D * c_bytes  # sums over stages of what is looked up, and of their parts of a gradient
+    if P > 1:
+        vocabulary += 2 * t * D * c_bytes  # final states to all stages, and back
+
+    blocks, leaves = state.params["blocks"], jax.tree.leaves(state.params)
+    copied = [w for w in leaves if math.prod(size[axis] for axis in replicating_axes(w.sharding.spec)) > 1]
+    gradients, parameters = bytes_on_device(copied), 0
+    if c.optimizer.zero1:  # each device gathers the parts that it shares
+        moments = jax.tree.leaves(state.optimizer[1].mu)
+        parameters = bytes_on_device(
+            [part for part, w in zip(moments, leaves, strict=True) if bytes_on_device(part) < bytes_on_device(w)]
+        )
+    if ways("w") > 1:
+        experts = bytes_on_device(blocks["moe"]["experts"])
+        others = bytes_on_device((blocks["attention"], blocks["moe"]["router"]))
+        tables = bytes_on_device((state.params["head_vd"], state.params["embedding"]))
+        parts = math.prod(size.values())
+        gradients += A * parts * (experts // ways("e") + others + tables // ways("v"))
+        parameters += A * (2 * (experts + others) * c_bytes // w_bytes + tables)
+    return {
+        "attention": A * L // P * attention,
+        "dispatch": A * L // P * dispatch,
+        "stages": 2 * (A + P - 1) * t * D * c_bytes if P > 1 else 0,
+        "embedding, head": A * vocabulary,
+        "gradients": gradients,
+        "parameters": parameters,
+    }

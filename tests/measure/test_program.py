@@ -1,0 +1,129 @@
+"""What a compiled step sends, computes and holds: counted in it, against formulas and against its arrays."""
+
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from formulas import sent_bytes
+from programs import optimised
+from small import MA_IN_STAGES, ROWS, config
+
+from maxsep.config import MeshConfig
+from maxsep.config.validate import validate
+from maxsep.measure import buffers, hlo, memory, program
+from maxsep.parallel.mesh import make_mesh
+from maxsep.training.run import Run
+
+SHAPES = {  # of the model; none has two equal sizes that could be taken for each other
+    "narrow": {"layers": 4, "d_model": 48, "d_ff": 40, "vocab_size": 256},
+    "wide": {"layers": 4, "d_model": 96, "d_ff": 80, "vocab_size": 640},
+    "long": {"layers": 8, "d_model": 64, "d_ff": 144, "vocab_size": 384},
+}
+CASES = [pytest.param(MA_IN_STAGES, (2, 4, 2), "narrow", id="in_stages-narrow")]
+for _layout, _meshes in ROWS.items():
+    _name = "in_stages" if _layout == MA_IN_STAGES else _layout
+    for _shape in SHAPES:
+        if (_layout, _shape) != (MA_IN_STAGES, "narrow"):
+            _mark = pytest.mark.slow if _shape == "wide" and _layout != MA_IN_STAGES else pytest.mark.exhaustive
+            CASES.append(pytest.param(_layout, _meshes[0], _shape, marks=_mark, id=f"{_name}-{_shape}"))
+# What the source asks for, by role: no XLA here has chosen another.
+KINDS = {
+    "attention": {"all-gather", "reduce-scatter"},
+    "dispatch": {"all-to-all"},
+    "embedding, head": {"all-gather", "reduce-scatter", "all-reduce"},
+    "stages": {"collective-permute"},
+    "gradients": {"reduce-scatter", "all-reduce"},
+    "parameters": {"all-gather"},
+}
+
+
+@functools.cache
+def compiled(layout: str, mesh: tuple[int, ...], shape: str):
+    """The run, and its train step: the program, its plan, and the compiler's own figures."""
+    c = config(
+        train={"batch_size": 64, "accumulation": 4},
+        optimizer={"zero1": layout != "zero"},
+        data={"sequence_length": 64},
+        model=SHAPES[shape] | {"capacity_factor": 1.25, "capacity_group": 8},
+    )
+    c = replace(c, layout=layout, mesh=MeshConfig(*(1, *mesh)[-3:]))
+    validate(c)
+    with jax.set_mesh(make_mesh(c)), tempfile.TemporaryDirectory() as folder:
+        run = Run(c)
+        made = run.lower_train_step().compile(
+            compiler_options={"xla_dump_to": folder, "xla_backend_optimization_level": 0}
+        )
+        module, plan = buffers.read(Path(folder))
+        assert program.sent(module) == program.sent(hlo.parse(made.as_text())), "the text is written in another way"
+        return run, module, plan, made.memory_analysis()
+
+
+@pytest.mark.parametrize("layout, mesh, shape", CASES)
+def test_the_program_sends_what_the_formulas_say(layout, mesh, shape):
+    run, module, _, _ = compiled(layout, mesh, shape)
+    found = program.sent(module, 1 - run.bubble)
+    roles = program.by_role(found)
+    for role, expected in sent_bytes(run.config, run.abstract_state).items():
+        # Beside what is little anyway, a few scalars of the optimizer are many.
+        assert roles[role] == pytest.approx(expected, rel=0.05, abs=1e-4 * roles.total()), role
+    kinds = KINDS | {"dispatch": KINDS["attention"]} if layout in ("tp", "tp_pp") else KINDS
+    for one in found:
+        large = one.operand_bytes > 1e-3 * roles.total()
+        assert not large or one.role == "statistics" or one.kind in kinds[one.role], one
+    assert program.by_role(found, wire=True).total() > 0
+
+
+@pytest.mark.parametrize("layout, mesh, shape", CASES)
+def test_the_peak_is_the_sum_of_what_lies_in_memory(layout, mesh, shape):
+    run, module, plan, told = compiled(layout, mesh, shape)
+    kinds = buffers.by_kind(module, plan, run.abstract_state)
+    state, batch = run.abstract_state, jax.ShapeDtypeStruct(run.batch_shape, jnp.int32, sharding=run.batch_sharding)
+    arguments = memory.bytes_on_device((state, batch))
+    assert arguments == plan.arguments == told.argument_size_in_bytes
+    assert kinds["parameters"] + kinds["optimizer"] + kinds["batch"] == arguments
+    assert plan.temporaries == told.temp_size_in_bytes
+    assert sum(kinds.values()) == plan.peak
+    assert 0 <= kinds["unused"] <= 0.02 * plan.peak
+    own = memory.bytes_on_device(jax.tree.map(lambda x: x, state.params["blocks"]["moe"]["experts"]))
+    assert kinds["gradients"] >= own, "those of all micro-batches are added up in one place"
+    assert kinds["activations"] > 0
+
+
+def test_products_are_counted_through_loops():
+    def f(x_ab, w_lbb):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_ab, w_lbb)[0].sum()
+
+    shapes = jax.ShapeDtypeStruct((24, 40), jnp.float32), jax.ShapeDtypeStruct((3, 40, 40), jnp.float32)
+    forward, backward = (optimised(jax.jit(g).lower(*shapes)) for g in (f, jax.grad(f, (0, 1))))
+    once = 3 * 2 * 24 * 40 * 40
+    assert program.products(forward) == once
+    assert program.products(backward) == 3 * once
+
+
+def test_products_that_depend_on_the_data_are_not_counted():
+    def f(x, n):
+        return jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
+
+    made = optimised(jax.jit(f).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32), 3))
+    assert program.products(made) is None
+
+
+def test_the_fullest_moment_counts_what_takes_anothers_place_once():
+    def value(name, offset, size, first, last):
+        return buffers.Value(name, hlo.Array("f32", (size // 4,)), offset, size, first, last)
+
+    values = (
+        value("early", 0, 400, 0, 5),
+        value("later", 0, 400, 5, 9),  # takes the place of the one before, at the moment that it ends
+        value("beside", 400, 80, 4, 6),
+        value("after", 400, 40, 7, 9),
+    )
+    plan = buffers.Plan(arguments=10, results=1, constants=2, temporaries=500, values=values)
+    assert {one.name: own for one, own in plan.fullest() if own} == {"later": 400, "beside": 80} or {
+        one.name: own for one, own in plan.fullest() if own
+    } == {"early": 400, "beside": 80}
+    assert plan.peak == 513
