@@ -31,6 +31,8 @@ def result(name: str = "ma:4x4", devices: int = 16, **changed) -> dict:
             {"role": "attention", "kind": "all-gather", "times": 4, "operand_bytes": 2e6, "wire_bytes": 6e6},
             {"role": "gradients", "kind": "all-reduce", "times": 1, "operand_bytes": 1e6, "wire_bytes": 1.5e6},
         ],
+        "flops": 3e9,
+        "model_flops": 2e9,
         "memory": {"parameters": 4e6, "optimizer": 8e6, "batch": 10, "gradients": 5e6, "activations": 3e6},
         "parts": {"communication: attention": 0.25, "experts": 0.75},
         "decode": None,

@@ -58,6 +58,11 @@ def why(log: Path) -> str:
     return errors[-1] if errors else next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
+def ended(status: int) -> str:
+    """How a child ended, for people."""
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+
+
 def last(log: Path) -> str:
     """The last whole line of a log."""
     with log.open("rb") as f:

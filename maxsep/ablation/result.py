@@ -11,6 +11,7 @@ import jax
 from maxsep.ablation.trial import Trial
 from maxsep.config import Config
 from maxsep.measure import buffers, parts, program
+from maxsep.measure.flops import flops_per_token
 from maxsep.measure.timing import quantile
 from maxsep.output.durable import write_json
 from maxsep.output.metrics import read_rows
@@ -39,7 +40,8 @@ def collect(trial: Trial) -> dict:
         name, layout, mesh, devices, config; of each step `losses`, `dropped`, `seconds`; of the run `step_seconds`
         (median, p10, p90 of the steps that are neither the first nor profiled), speeds, `expert_shares`,
         `load_balancing_loss`, `eval_loss`; of the program `sent` (operand and wire bytes of a device and step, by role
-        and kind), `flops`, `memory` (bytes a device by kind); `parts` (shares of the time) where they can be told;
+        and kind), `flops` (of its products; `model_flops`: those that the model needs), `memory` (bytes a device by
+        kind); `parts` (shares of the time) where they can be told;
         None for what is not known.
     """
     folder, config = trial.folder, trial.config
@@ -49,7 +51,6 @@ def collect(trial: Trial) -> dict:
     seconds = _timed(rows, config)
     median = statistics.median(seconds)
     tokens = config.train.batch_size * config.data.sequence_length
-    usage = statistics.median(row["mfu"] for row in rows) if last["mfu"] is not None else None
     devices = json.loads((folder / "config.json").read_text(encoding="utf-8"))["devices"]
     result = {
         "name": trial.name,
@@ -70,7 +71,7 @@ def collect(trial: Trial) -> dict:
         },
         "tokens_per_second": tokens / median,
         "tokens_per_second_per_device": tokens / median / trial.devices,
-        "mfu": None if usage is None else usage * summary["step_seconds"] / median,
+        "mfu": None if summary["mfu"] is None else summary["mfu"] * summary["step_seconds"] / median,
         "eval_loss": summary["eval_loss"],
         "eval_perplexity": summary["eval_perplexity"],
         "load_balancing_loss": last["load_balancing_loss"],
@@ -93,7 +94,8 @@ def _timed(rows: list[dict], config: Config) -> list[float]:
 
 
 def _program(folder: Path, config: Config, kind: str) -> dict:
-    unknown = dict.fromkeys(("sent", "flops", "memory", "parts"))
+    train, length = config.train, config.data.sequence_length
+    unknown = dict.fromkeys(("sent", "flops", "model_flops", "memory", "parts"))
     dumped = buffers.read(folder / DUMPS)
     if dumped is None:
         return unknown
@@ -106,6 +108,7 @@ def _program(folder: Path, config: Config, kind: str) -> dict:
     return {
         "sent": [dataclasses.asdict(one) for one in program.sent(module, busy)],
         "flops": program.products(module, busy),
+        "model_flops": train.batch_size * length * flops_per_token(config.model, length) / config.mesh.devices,
         "memory": buffers.by_kind(module, plan, state),
         "parts": profile or None,
     }

@@ -39,10 +39,10 @@ class Session:
         """Runs every trial that has no result yet."""
         if not self.drawing:
             say("warning: no pictures without matplotlib; pip install -e '.[viz]', then the same command draws them")
-        decoded = columns([trial.name for trial in self.trials]).values() if self.decode else ()
         with Stop() as stop:
             for number, trial in enumerate(self.trials, 1):
-                self._run(trial, trial.name in decoded, f"{number}/{len(self.trials)} {trial.name}", stop)
+                stands = trial.name in columns([*self.results, trial.name]).values()  # for one of the study's
+                self._run(trial, self.decode and stands, f"{number}/{len(self.trials)} {trial.name}", stop)
                 if stop.asked:
                     self.stopped = stop.asked
                     return
@@ -68,11 +68,16 @@ class Session:
         if stop.asked:
             return
         if status:
-            self.failed[trial.name] = f"{child.why(log)} (status {status})"
+            self.failed[trial.name] = f"{child.why(log)} ({child.ended(status)})"
+        else:
+            try:
+                self.results[trial.name] = result.collect(trial)
+            except Exception as e:  # a fault of ours; the others' hours are not lost for it
+                self.failed[trial.name] = f"trained, but its figures cannot be read: {type(e).__name__}: {e}"
+        if trial.name in self.failed:
             say(f"{label}: failed: {self.failed[trial.name]}")
-            return
-        self.results[trial.name] = result.collect(trial)
-        say(f"{label}: {_told(self.results[trial.name])}")
+        else:
+            say(f"{label}: {_told(self.results[trial.name])}")
 
     def _training(self, trial: Trial) -> list[str]:
         return [str(REPOSITORY / "train.py"), *self.shared, *trial.flags, f"--workdir={trial.folder}"]

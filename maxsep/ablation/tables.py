@@ -64,7 +64,7 @@ def all_tables(results: list[dict], failed: dict[str, str], simulated: bool) -> 
     tables = [_runs(results, failed, simulated)]
     if not results:
         return tables
-    tables += [_sent(results, wire) for wire in (False, True)] + [_memory(results)]
+    tables += [_sent(results, wire) for wire in (False, True)] + [_memory(results), _products(results)]
     study = columns([result["name"] for result in results])
     chosen = {label: next(r for r in results if r["name"] == name) for label, name in study.items()}
     if chosen:
@@ -137,6 +137,21 @@ def _memory(results: list[dict]) -> Table:
         "All else: batch, results, constants, the optimizer's work, gaps.",
     ]
     return Table("Memory: MB a device at the peak", ["run", *KINDS.values(), "total"], rows, notes)
+
+
+def _products(results: list[dict]) -> Table:
+    rows = []
+    for result in results:
+        if result["flops"] is None:
+            rows.append([result["name"], "depends on the data, or lies in libraries"])
+            continue
+        done, needed = result["flops"], result["model_flops"]
+        rows.append([result["name"], f"{done / 1e9:,.3g}", f"{needed / 1e9:,.3g}", f"{done / needed:.2f}"])
+    head = ["run", "in the program", "needed by the model", "ratio"]
+    note = (
+        "What the program computes beyond the model's need: keys after a query, empty places of experts, recomputation."
+    )
+    return Table("Matrix products: GFLOP a device and step", head, rows, [note])
 
 
 def _study_head(chosen: dict[str, dict]) -> list[str]:

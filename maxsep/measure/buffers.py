@@ -6,6 +6,7 @@ XLA tells the life of every buffer only in files that it dumps; `dumping` asks f
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -15,16 +16,20 @@ from maxsep.measure import hlo, memory
 # The kinds of what is neither an argument nor a result.
 KINDS = ("gradients", "activations", "communication", "update", "copies", "unused")
 
-_ALLOCATION = re.compile(r"allocation \d+: size (\d+),(.*):$")
+_ALLOCATION = re.compile(r"allocation (\d+): size (\d+),(.*):$")
 _VALUE = re.compile(r" value: <\d+ (\S+).*? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
 
 
 @dataclass(frozen=True)
 class Value:
-    """An array in the memory that a program reserves: its instruction, its place there, and when it is there."""
+    """An array that a program makes: its instruction, when it is there, and its place in the allocation that it is in.
+
+    `argument`: that of an argument, else None: the memory that the program reserves.
+    """
 
     name: str
     array: hlo.Array
+    argument: int | None
     offset: int
     size: int
     first: int
@@ -35,7 +40,7 @@ class Value:
 class Plan:
     """Bytes on a device: of `arguments`, of results that take no argument's place, of constants, and what is reserved.
 
-    `values` are what lies in the reserved `temporaries`, which is as large as they need at a time.
+    `temporaries` is as large as what lies there needs at a time. `values` lie there, or in an argument's place.
     """
 
     arguments: int
@@ -48,16 +53,18 @@ class Plan:
     def peak(self) -> int:
         return self.arguments + self.results + self.constants + self.temporaries
 
-    def fullest(self) -> list[tuple[Value, int]]:
-        """The values that are there at once when they need the most, and the bytes that each has for itself."""
+    @cached_property
+    def moment(self) -> int:
+        """When the temporaries need the most."""
         moments = sorted({value.first for value in self.values})
-        return max(map(self._at, moments), key=lambda there: sum(own for _, own in there), default=[])
+        return max(moments, key=lambda moment: sum(own for _, own in self.there(None, moment)), default=0)
 
-    def _at(self, moment: int) -> list[tuple[Value, int]]:
-        there = [value for value in self.values if value.first <= moment <= value.last]
+    def there(self, argument: int | None, moment: int) -> list[tuple[Value, int]]:
+        """What is at once in an argument's place, or in the temporaries', and the bytes that each has for itself."""
+        found = [v for v in self.values if v.argument == argument and v.first <= moment <= v.last]
         out, end = [], 0
         # One that begins when another ends may take its place: it is then the one that counts.
-        for value in sorted(there, key=lambda value: (value.offset, -value.first)):
+        for value in sorted(found, key=lambda value: (value.offset, -value.first)):
             own = max(0, value.offset + value.size - max(value.offset, end))
             end = max(end, value.offset + value.size)
             out.append((value, own))
@@ -89,14 +96,15 @@ def parse(assignment: str, live_ranges: str) -> Plan:
     sizes, values, kind = Counter(), [], ""
     for line in assignment.splitlines():
         if header := _ALLOCATION.match(line):
-            kind = _kind(header[2])
-            sizes[kind] += int(header[1])
-        elif kind == "temporaries" and (found := _VALUE.match(line)):
+            kind = _kind(header[3])
+            sizes[kind] += int(header[2])
+            argument = int(header[1]) if kind == "arguments" else None
+        elif kind in ("arguments", "temporaries") and (found := _VALUE.match(line)):
             name, size, offset, shape = found.groups()
             # A tuple of its own is a table of addresses: no array that we would know.
             array = (hlo.arrays(shape) or [hlo.Array("token", ())])[0]
             first, last = times.get(name) or times[f"{name}{{}}"]
-            values.append(Value(name.partition("{")[0], array, int(offset), int(size), first, last))
+            values.append(Value(name.partition("{")[0], array, argument, int(offset), int(size), first, last))
     return Plan(*(sizes[kind] for kind in ("arguments", "results", "constants", "temporaries")), tuple(values))
 
 
@@ -136,21 +144,28 @@ def at_peak(module: hlo.Module, plan: Plan, weights: set[tuple[str, tuple[int, .
     names = {"float32": "f32", "float64": "f64", "bfloat16": "bf16"}
     shapes = {(names[dtype], _significant(some)) for dtype, dims in weights for some in (dims, dims[1:])}
     out = Counter(dict.fromkeys(KINDS, 0))
-    for value, size in plan.fullest():
+
+    def kind(value: Value) -> str:
         made = _origin(module, module.by_name[value.name])
         shape = value.array.dtype, _significant(value.array.dims)
         forward = "jvp(" in made.path and "transpose(" not in made.path
         if made.opcode == "parameter" and made in module.computations[module.entry]:
-            kind = "copies"
-        elif made.collective:
-            kind = "communication"
-        elif "/optimizer/" in made.path:
-            kind = "update"
-        elif shape[1] and shape in shapes and not forward:
-            kind = "gradients"
-        else:
-            kind = "activations"
-        out[kind] += size
+            return "copies"
+        if made.collective:
+            return "communication"
+        if "/optimizer/" in made.path:
+            return "update"
+        return "gradients" if shape[1] and shape in shapes and not forward else "activations"
+
+    for value, size in plan.there(None, plan.moment):
+        out[kind(value)] += size
+    # XLA may copy an argument away and let what takes its place in the end, a weight of the new state, grow there: the
+    # sum of gradients. The copy is then the argument.
+    for argument in {value.argument for value in plan.values} - {None}:
+        for value, size in plan.there(argument, plan.moment):
+            if kind(value) not in ("copies", "update"):
+                out[kind(value)] += size
+                out["copies"] -= size
     out["unused"] = plan.temporaries - out.total()
     return dict(out)
 

@@ -69,7 +69,7 @@ def test_a_fault_is_told_and_what_has_finished_is_kept(data, tmp_path, capsys, m
 def test_cut_off_it_goes_on_and_a_run_that_fails_does_not_stop_it(data, tmp_path):
     folder = tmp_path / "ablation"
     # Of two devices that there are ma:2x2 takes four.
-    command = arguments(data, folder, "ma:2x2,ma:1x1,pp:2x1x1", train__steps=40, train__accumulation=2)
+    command = arguments(data, folder, "ma:2x2,ma:1x1,zero:1x2", train__steps=12, train__accumulation=2)
     command = [sys.executable, "-m", "maxsep.ablate", *command[1:]]
     environment = kill.environment() | QUICK | {"JAX_NUM_CPU_DEVICES": "2"}
 
@@ -79,7 +79,7 @@ def test_cut_off_it_goes_on_and_a_run_that_fails_does_not_stop_it(data, tmp_path
     def until(holds):
         end = time.monotonic() + kill.LIMIT
         while not holds():
-            assert time.monotonic() < end
+            assert time.monotonic() < end and ablation.poll() is None
             time.sleep(0.02)
 
     rows = folder / "ma-1x1" / "metrics.jsonl"
@@ -88,31 +88,27 @@ def test_cut_off_it_goes_on_and_a_run_that_fails_does_not_stop_it(data, tmp_path
     (training,) = running(f"--workdir={folder / 'ma-1x1'}")
     ablation.send_signal(signal.SIGKILL)
     ablation.communicate()
-    until(lambda: not os.path.exists(f"/proc/{training}"))
+    while os.path.exists(f"/proc/{training}"):
+        time.sleep(0.02)
     assert not (folder / "ma-1x1" / "result.json").exists()
     first = [json.loads(line)["loss"] for line in rows.read_text().splitlines()]
 
     ablation = started()
-    until(lambda: (folder / "pp-2x1x1" / "metrics.jsonl").exists())
+    until(lambda: (folder / "zero-1x2" / "metrics.jsonl").exists())
     ablation.send_signal(signal.SIGTERM)
     out, _ = ablation.communicate(timeout=kill.LIMIT)
     assert ablation.returncode == cli.STOPPED, out
     assert out.splitlines()[-1] == "error: SIGTERM: stopped; the same command goes on from there"
-    assert "not run yet: pp:2x1x1" in (folder / "ablation.md").read_text()
+    assert "not run yet: zero:1x2" in (folder / "ablation.md").read_text()
     assert running(str(folder)) == []
 
     out, _ = (ablation := started()).communicate(timeout=kill.LIMIT)
     assert ablation.returncode == cli.DONE, out
     assert "2/3 ma:1x1: has finished" in out and "all losses agree to 1e-09" in out
     found = read(folder)
-    assert (
-        found["failed"].keys() == {"ma:2x2"} and "takes at most 2 x simulated CPU device" in found["failed"]["ma:2x2"]
-    )
+    assert found["failed"].keys() == {"ma:2x2"}
+    assert "takes at most 2 x simulated CPU device" in found["failed"]["ma:2x2"]
     for run in found["runs"]:
-        assert run["steps"] == list(range(1, 41)) and [one["shape"]["context"] for one in run["decode"]] == [
-            8,
-            16,
-            32,
-            64,
-        ]
+        assert run["steps"] == list(range(1, 13))
+    assert [one["shape"]["context"] for one in found["runs"][0]["decode"]] == [8, 16, 32, 64]
     assert found["runs"][0]["losses"][: len(first)] == first

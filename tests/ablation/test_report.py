@@ -43,6 +43,7 @@ def test_the_studys_tables_have_its_metrics(tmp_path):
     assert shares["attention all-reduce"] == ["25.0%"] * 4 and shares["total"] == ["25.0%"] * 4
     memory = table(markdown, "The study's table: memory a device, MB")
     assert (memory["weights"], memory["total"]) == (["4"] * 4, ["20"] * 4)
+    assert table(markdown, "Matrix products")["zero:4x4"] == ["3", "2", "1.50"]
     lists = table(markdown, "The study's lists: scaling, load, quality, energy")
     assert lists["energy a token, mJ"] == ["not measured here"] * 4 and "nvidia-smi" in markdown
     assert lists["least and most used expert"] == ["20.00%, 60.00%"] * 4
@@ -50,7 +51,7 @@ def test_the_studys_tables_have_its_metrics(tmp_path):
 
 
 def test_what_was_not_measured_says_so_with_the_command(tmp_path):
-    unknown = dict.fromkeys(("sent", "memory", "parts", "decode", "mfu"))
+    unknown = dict.fromkeys(("sent", "flops", "memory", "parts", "decode", "mfu"))
     markdown, _, _ = written(tmp_path, [result(name, device_kind="NVIDIA", **unknown) for name in NAMES])
     assert table(markdown, "The study's table: performance")["TPOT, ms/token"][:4] == ["not measured here"] * 4
     assert "the same command with `--decode` measures decoding" in markdown

@@ -1,5 +1,7 @@
 """`--runs` as configs, each in a folder of its own; and what is wrong with one is said before the first starts."""
 
+from pathlib import Path
+
 import pytest
 
 from maxsep import ablate
@@ -12,7 +14,7 @@ STUDY = "configs/ablations/study.py"
 def test_the_studys_runs_are_its_strategies_and_every_factorisation():
     runs = files.listed(STUDY, "RUNS")
     config = files.load_config(STUDY)
-    found = trials(runs, config, cli.Path("/nowhere"))
+    found = trials(runs, config, Path("/nowhere"))
     assert list(columns([trial.name for trial in found]).values()) == ["tp:8x2", "pp:2x1x8", "tp_pp:2x8x1", "ma:4x4"]
     for layout in ("ma", "ma_folded"):
         shapes = {trial.config.mesh.shape for trial in found if trial.config.layout == layout}
@@ -25,12 +27,12 @@ def test_size_study_is_the_seed_config():
     study, seed = files.load_config(f"{STUDY}:study"), files.load_config("configs/seed.py")
     assert study.model == seed.model
     assert (study.train.batch_size, study.data.name) == (seed.train.batch_size, seed.data.name)
-    assert len(trials(files.listed(STUDY, "RUNS"), study, cli.Path("/nowhere"))) == 14
+    assert len(trials(files.listed(STUDY, "RUNS"), study, Path("/nowhere"))) == 14
 
 
 def test_a_row_of_ones_own_is_a_run():
     layout = "l=stage b=expert s=attention h=attention e=expert v=stage+attention"
-    (trial,) = trials([f"{layout}:2X2x04"], files.load_config(STUDY), cli.Path("/a"))
+    (trial,) = trials([f"{layout}:2X2x04"], files.load_config(STUDY), Path("/a"))
     assert trial.name == f"{layout}:2x2x4"
     assert (trial.config.layout, trial.config.mesh.shape) == (layout, (2, 2, 4))
     assert trial.folder.name == "l-stage-b-expert-s-attention-h-attention-e-expert-v-stage-attention-2x2x4"
