@@ -1,5 +1,6 @@
 """A command of ours as a child process: its lines go to a log, a signal to stop it is passed on."""
 
+import os
 import shlex
 import shutil
 import signal
@@ -7,14 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-
-from maxsep.cluster.group import end_with_parent
 from maxsep.training.signals import Stop
+
+CLEAR = "\x1b[2K"  # a terminal's line
 
 
 def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: Stop) -> int:
@@ -26,28 +24,28 @@ def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: St
     with log.open("w", encoding="utf-8") as output:
         print("$ python", shlex.join(command), file=output, flush=True)
         child = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-m", "maxsep.cluster.tied", str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
             process_group=0,  # a terminal's Ctrl-C comes to this program alone
-            preexec_fn=end_with_parent,
         )
-    told = False
-    with _status() as status:
-        try:
-            while child.poll() is None:
-                if stop.asked and not told:
-                    child.send_signal(signal.SIGTERM)
-                    told = True
-                if status is not None:
-                    status.update(escape(last(log)[: shutil.get_terminal_size().columns - 4]))
-                time.sleep(0.1)
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+    told, terminal = False, sys.stdout.isatty()
+    try:
+        while child.poll() is None:
+            if stop.asked and not told:
+                child.send_signal(signal.SIGTERM)
+                told = True
+            if terminal:
+                print(f"\r{CLEAR}{last(log)[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            time.sleep(0.1)
+    finally:
+        if terminal:
+            print(f"\r{CLEAR}", end="", flush=True)
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
     return child.returncode
 
 
@@ -69,8 +67,3 @@ def last(log: Path) -> str:
         f.seek(max(0, log.stat().st_size - 4096))
         lines = f.read().decode(errors="replace").splitlines()
     return lines[-1] if lines else ""
-
-
-def _status() -> AbstractContextManager:
-    """On a terminal a line that changes; else nothing."""
-    return Console().status("") if sys.stdout.isatty() else nullcontext()

@@ -1,4 +1,4 @@
-"""What a finished run of an ablation comes to: collected from its folder, and kept there as result.json."""
+"""What a finished run of an ablation comes to, collected from its folder."""
 
 import dataclasses
 import json
@@ -8,41 +8,29 @@ from pathlib import Path
 
 import jax
 
+from maxsep.ablation import kept
 from maxsep.ablation.trial import Trial
 from maxsep.config import Config
 from maxsep.measure import buffers, parts, program
 from maxsep.measure.flops import flops_per_token
 from maxsep.measure.timing import quantile
-from maxsep.output.durable import write_json
 from maxsep.output.metrics import read_rows
 from maxsep.parallel import pipeline
 from maxsep.parallel.mesh import abstract_mesh
 from maxsep.training.step import Program
 
-DUMPS = "program"  # the folder in a run's, of what XLA tells of the compiled train step
-DECODE = "decode.jsonl"
 FIRST = 2  # steps that warm up, not timed
 
 
-def kept(trial: Trial) -> dict | None:
-    """The result of an earlier start, if it is of the same config."""
-    path = trial.folder / "result.json"
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["config"] == _plain(trial.config) else None
-
-
 def collect(trial: Trial) -> dict:
-    """Reads a run that has ended well, and writes its result.json.
+    """Reads a run that has ended well, and keeps what it comes to.
 
     Returns:
         name, layout, mesh, devices, config; of each step `losses`, `dropped`, `seconds`; of the run `step_seconds`
         (median, p10, p90 of the steps that are neither the first nor profiled), speeds, `expert_shares`,
         `load_balancing_loss`, `eval_loss`; of the program `sent` (operand and wire bytes of a device and step, by role
         and kind), `flops` (of its products; `model_flops`: those that the model needs), `memory` (bytes a device by
-        kind); `parts` (shares of the time) where they can be told;
-        None for what is not known.
+        kind); `parts` (shares of the time); `decode`. None for what is not known.
     """
     folder, config = trial.folder, trial.config
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -57,7 +45,7 @@ def collect(trial: Trial) -> dict:
         "layout": config.layout,
         "mesh": config.mesh.sizes,
         "devices": trial.devices,
-        "config": _plain(config),
+        "config": kept.plain(config),
         "device_kind": devices["kind"],
         "parameters": summary["parameters"],
         "steps": [row["step"] for row in rows],
@@ -79,11 +67,10 @@ def collect(trial: Trial) -> dict:
         "expert_shares": last["expert_shares"],
         "bubble": summary["bubble"],
         **_program(folder, config, devices["kind"]),
-        "decode": _decoded(folder),
     }
+    kept.write(trial, result)
     shutil.rmtree(folder / "profile", ignore_errors=True)
-    write_json(folder / "result.json", result)
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return kept.result(trial)
 
 
 def _timed(rows: list[dict], config: Config) -> list[float]:
@@ -96,7 +83,7 @@ def _timed(rows: list[dict], config: Config) -> list[float]:
 def _program(folder: Path, config: Config, kind: str) -> dict:
     train, length = config.train, config.data.sequence_length
     unknown = dict.fromkeys(("sent", "flops", "model_flops", "memory", "parts"))
-    dumped = buffers.read(folder / DUMPS)
+    dumped = buffers.read(folder / kept.DUMPS)
     if dumped is None:
         return unknown
     module, plan = dumped
@@ -112,20 +99,3 @@ def _program(folder: Path, config: Config, kind: str) -> dict:
         "memory": buffers.by_kind(module, plan, state),
         "parts": profile or None,
     }
-
-
-def _decoded(folder: Path) -> list[dict] | None:
-    path = folder / DECODE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else None
-
-
-def tidy(folder: Path) -> None:
-    """Removes of what XLA has dumped all that `buffers.read` does not read: hundreds of files of machine code."""
-    for path in folder.glob("*"):
-        if not path.name.endswith(("_after_optimizations.txt", "-buffer-assignment.txt", "-live-range.txt")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _plain(config: Config) -> dict:
-    """As JSON has it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))

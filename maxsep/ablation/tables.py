@@ -2,8 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-
-import numpy as np
+from statistics import fmean, pstdev
 
 from maxsep.ablation.compare import efficiency
 from maxsep.ablation.trial import columns
@@ -244,10 +243,17 @@ def _lengths(chosen: dict[str, dict]) -> Table:
 
 def _lists(chosen: dict[str, dict], results: list[dict]) -> Table:
     scaling = efficiency(results)
+
+    def extremes(result: dict) -> str:
+        shares = [share for layer in result["expert_shares"] for share in layer]
+        return f"{min(shares):.2%}, {max(shares):.2%}"
+
     metrics = {
         "scaling efficiency": lambda r: f"{scaling[r['name']]:.1%}" if scaling else NOT_HERE,
-        "standard deviation of experts' shares": lambda r: f"{np.std(r['expert_shares'], axis=1).mean():.4f}",
-        "least and most used expert": lambda r: f"{np.min(r['expert_shares']):.2%}, {np.max(r['expert_shares']):.2%}",
+        "standard deviation of experts' shares": lambda r: f"{fmean(map(pstdev, r['expert_shares'])):.4f}",
+        "least and most used expert": lambda r: (
+            f"{min(map(min, r['expert_shares'])):.2%}, {max(map(max, r['expert_shares'])):.2%}"
+        ),
         "load-balancing loss": lambda r: f"{r['load_balancing_loss']:.4f}",
         "experts used": lambda r: f"{r['experts_used']:.1%}",
         "held-out perplexity": lambda r: f"{r['eval_perplexity'] or float('nan'):.2f}",

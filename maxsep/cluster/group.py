@@ -50,7 +50,7 @@ class Group:
             stdout=None if index == 0 else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             process_group=0,  # a terminal's Ctrl-C comes to this program alone, which passes it on once
-            preexec_fn=end_with_parent,
+            preexec_fn=_end_with_parent,
         )
 
     def signal(self, number: int) -> None:
@@ -128,7 +128,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """In a child: SIGTERM when its parent is killed (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,6 +1,7 @@
 """What lies in a device's memory when a compiled program needs the most of it, as the compiler has planned it.
 
-XLA tells the life of every buffer only in files that it dumps; `dumping` asks for them.
+XLA tells the life of every buffer only in files that it dumps: with --xla_dump_to among XLA_FLAGS, or the compiler's
+option `xla_dump_to`.
 """
 
 import re
@@ -69,12 +70,6 @@ class Plan:
             end = max(end, value.offset + value.size)
             out.append((value, own))
         return out
-
-
-def dumping(environment: dict[str, str], folder: Path, program: str) -> dict[str, str]:
-    """The environment of a process that writes what `read` reads, of compiled functions whose name holds `program`."""
-    flags = f"--xla_dump_to={folder} --xla_dump_hlo_module_re=.*{program}.* --xla_dump_hlo_as_text"
-    return environment | {"XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} {flags}".strip()}
 
 
 def read(folder: Path) -> tuple[hlo.Module, Plan] | None:
