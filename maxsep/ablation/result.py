@@ -69,7 +69,8 @@ def collect(trial: Trial) -> dict:
         **_program(folder, config, devices["kind"]),
     }
     kept.write(trial, result)
-    shutil.rmtree(folder / "profile", ignore_errors=True)
+    if devices["kind"] == "cpu":  # others' profiles are for other tools
+        shutil.rmtree(folder / "profile", ignore_errors=True)
     return kept.result(trial)
 
 

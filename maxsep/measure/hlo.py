@@ -130,16 +130,16 @@ class Module:
     def devices(self, collective: Instruction) -> int:
         """Devices among which a collective sends, the largest group's; 1: it sends nothing."""
         text = collective.attributes
-        if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}?[,\s]", text):
-            return 1 + any(one != other for one, other in re.findall(r"\{(\d+),(\d+)\}?", pairs[1] + "}"))
+        if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
+            return 1 + any(one != other for one, other in re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
         if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}", text):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
             axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # of some a part: 'axis':(before)size
             return math.prod(int(part or sizes[axis]) for axis, part in axes)
         if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
             return int(iota[1])
-        groups = re.search(r"replica_groups=\{(.*?)\}[,\s]", text)[1]
-        return max((len(group.split(",")) for group in re.findall(r"\{([\d,]+)", groups)), default=self.partitions)
+        groups = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)*)\}", text)[1]
+        return max((len(group.split(",")) for group in re.findall(r"\{([\d,]+)\}", groups)), default=self.partitions)
 
 
 def parse(text: str) -> Module:

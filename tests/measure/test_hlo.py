@@ -28,7 +28,8 @@ def collective(attributes: str) -> tuple[hlo.Module, hlo.Instruction]:
         ("replica_groups=mesh['stage'=1,'attention'=4,'expert'=2] {'stage'}", 1),
         ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", 4),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", 2),
-        ("source_target_pairs={{0,1},{1,2}}", 2),
+        ("source_target_pairs={{0,0},{1,2}}", 2),
+        ("replica_groups={{0},{1,2,3},{4,5}}", 3),
         ("source_target_pairs={{0,0},{1,1}}", 1),
     ],
 )

@@ -28,6 +28,10 @@ def test_expert_load():
     assert expert_load(np.array([[7]]))["layers"]["expert_load_entropy"] == [1.0]
 
 
+def test_shares_are_of_each_layers_choices():
+    assert metrics.expert_shares([[3, 1], [0, 5]]) == [[0.75, 0.25], [0, 1]]
+
+
 def test_memory_is_left_out_where_the_backend_does_not_tell():
     assert metrics.device_memory() == {}
 
