@@ -218,7 +218,7 @@ class Loop:
         return step
 
     def take_metrics(self, row: bool = False) -> None:
-        """Waits for the pending step and logs it where a row is due, or, with experts' shares, asked for by `row`."""
+        """Waits for the pending step and logs it where a row is due, or asked for with `row`."""
         if self.pending is None:
             return
         step, device_metrics = self.pending
@@ -234,7 +234,8 @@ class Loop:
         if self.skipped:
             self.progress.print(f"step {step}: loss or gradients are not finite; skipped, {self.skipped} in a row")
         if row or _due(self.settings.log_every, step):
-            values = self.run.figures(device_metrics, statistics.fmean(self.seconds), self.peak, shares=row)
+            seconds, last = statistics.fmean(self.seconds), step == self.settings.steps
+            values = self.run.figures(device_metrics, seconds, self.peak, shares=last)
             self.seconds.clear()
             self.log(step, "train", values)
         self.progress.step(step)
