@@ -52,6 +52,8 @@ def main(args: cli.Args, argv: list[str]) -> None:
             raise ConfigError(f"{field}: is set by each run of --runs; takes no flag here")
     trials = trial.trials(runs, args.config, folder)
     for one in trials:
+        if (one.folder / "config.json").exists():
+            workdir.check_resume(one.folder, one.config, may_change=trial.MAY_CHANGE)
         workdir.check_start(one.folder, one.config, training=True)
     preparation.check(args.config)
     try:

@@ -10,6 +10,18 @@ from maxsep.config.validate import validate
 
 STRATEGIES = {"tp": "TP", "pp": "PP", "tp_pp": "TP, PP", "ma": "MA"}  # what the study compares, by layout
 TAKES = "layout:attention x expert or layout:stage x attention x expert, as ma:4x4,tp:8x2,pp:2x1x8"
+# What may differ when an ablation goes on: no figure of a run that has finished depends on it.
+MAY_CHANGE = (
+    "train.steps",
+    "train.profile",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.nonfinite_limit",
+    "train.heartbeat_seconds",
+    "train.watchdog_seconds",
+    "data.path",
+    "data.cache",
+)
 OF_THE_RUNS = ("layout", "mesh.stage", "mesh.attention", "mesh.expert")
 
 
