@@ -68,11 +68,11 @@ def main(args: cli.Args, argv: list[str]) -> None:
     session.run()
     try:
         runs = [] if args.flags.runs is None else [f"--runs={','.join(args.flags.runs)}"]
-        session.report(shlex.join(["python", "-m", "maxsep.ablate", *shared, *runs, f"--workdir={named}"]))
+        written = session.report(shlex.join(["python", "-m", "maxsep.ablate", *shared, *runs, f"--workdir={named}"]))
     except OSError as e:
         again = "with room for it the same command writes it"
         raise cli.Exit(cli.SAVE_FAILED, f"cannot write the report in {named}: {e.strerror}; {again}") from e
-    print(f"{time.monotonic() - began:.0f} s; written: {paths.shown(folder)}: {session.written}", flush=True)
+    print(f"{time.monotonic() - began:.0f} s; written: {paths.shown(folder)}: {written}", flush=True)
     if session.stopped:
         raise cli.Exit(cli.STOPPED, f"{session.stopped}: stopped; the same command goes on from there")
 

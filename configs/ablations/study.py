@@ -5,7 +5,7 @@
 Size tiny, the default, is for two CPU cores: float64, so that the losses of all runs can be compared to rounding, and
 20 steps. Size study (`--size=study`) is configs/seed.py, as it is but for the number of steps, on 16 GPUs.
 
-Expected of tiny: some 13 minutes on 2 cores, and losses that agree to 1e-9.
+Expected of tiny: some 14 minutes on 2 cores, and losses that agree to 1e-9.
 """
 
 from configs import seed

@@ -97,6 +97,6 @@ def _program(folder: Path, config: Config, kind: str) -> dict:
         "sent": [dataclasses.asdict(one) for one in program.sent(module, busy)],
         "flops": program.products(module, busy),
         "model_flops": train.batch_size * length * flops_per_token(config.model, length) / config.mesh.devices,
-        "memory": buffers.by_kind(module, plan, state),
+        "memory": buffers.by_kind(module, plan, state) if plan else None,
         "parts": profile or None,
     }

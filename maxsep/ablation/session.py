@@ -1,7 +1,6 @@
 """An ablation from the first run to the report: what has finished is kept, what fails does not stop the others."""
 
 import os
-import shutil
 from pathlib import Path
 
 from maxsep.ablation import child, kept, tables
@@ -30,7 +29,6 @@ class Session:
         self.trained: list[Trial] = []
         self.failed: dict[str, str] = {}
         self.stopped: str | None = None  # the signal
-        self.written = ""
         self.drawing = _can_draw()
         self.environment = dict(os.environ)
 
@@ -65,7 +63,6 @@ class Session:
         trial.folder.mkdir(parents=True, exist_ok=True)
         say(f"{label}: training")
         log, dumps = trial.folder / "log.txt", trial.folder / kept.DUMPS
-        shutil.rmtree(dumps, ignore_errors=True)
         flags = f"--xla_dump_to={dumps} --xla_dump_hlo_module_re=.*train_step.* --xla_dump_hlo_as_text"
         environment = self.environment | {
             "XLA_FLAGS": f"{self.environment.get('XLA_FLAGS', '')} {flags}".strip(),
@@ -104,8 +101,8 @@ class Session:
                 say(f"{trial.name}: {self.failed[trial.name]}")
         return found
 
-    def report(self, command: str) -> None:
-        """Writes what is known now; `command` is the one that goes on with it."""
+    def report(self, command: str) -> str:
+        """Writes what is known now, and says what that is; `command` is the one that goes on with it."""
         from maxsep.ablation import report
 
         first, results = self.trials[0].config, self._results()
@@ -128,7 +125,7 @@ class Session:
         agreed = report.write(self.folder, f"Ablation: {first.name}", facts, results, self.failed, self.drawing)
         if agreed:
             say(agreed.text)
-        self.written = "ablation.md, ablation.json, ablation.html" + (" and pictures" if self.drawing else "")
+        return "ablation.md, ablation.json, ablation.html" + (" and pictures" if self.drawing else "")
 
 
 def _told(trial: Trial) -> str:

@@ -1,6 +1,7 @@
 """The tables of an ablation's report, as data: each figure as it is shown, measured here or said not to be."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
@@ -106,13 +107,12 @@ def _runs(results: list[dict], failed: dict[str, str], simulated: bool) -> Table
 
 def _sent(results: list[dict], wire: bool) -> Table:
     roles = [role for role in ROLES if any(sent(result)[role] for result in results)]
-    rows = []
-    for result in results:
-        if result["sent"] is None:
-            rows.append([result["name"], "the compiler did not tell"])
-            continue
+
+    def cells(result: dict) -> list[str]:
         of = sent(result, wire)
-        rows.append([result["name"], *(_mega(of[role]) for role in roles), _mega(sum(of.values()))])
+        return [*(_mega(of[role]) for role in roles), _mega(sum(of.values()))]
+
+    rows = _known(results, "sent", cells, "the compiler did not tell")
     what = "on the wire" if wire else "given to collectives"
     note = "Counted in the compiled program, loops as often as they run; formulas: docs/layouts.md."
     if wire:
@@ -124,13 +124,11 @@ def _sent(results: list[dict], wire: bool) -> Table:
 
 
 def _memory(results: list[dict]) -> Table:
-    rows = []
-    for result in results:
-        if result["memory"] is None:
-            rows.append([result["name"], "the compiler did not tell"])
-            continue
+    def cells(result: dict) -> list[str]:
         of = memory(result)
-        rows.append([result["name"], *map(_mega, of.values()), _mega(sum(of.values()))])
+        return [*map(_mega, of.values()), _mega(sum(of.values()))]
+
+    rows = _known(results, "memory", cells, "the compiler did not tell")
     notes = [
         "Weights and optimizer state from the arrays; all else is what the compiler's plan has live at the peak.",
         "All else: batch, results, constants, the optimizer's work, gaps.",
@@ -139,18 +137,21 @@ def _memory(results: list[dict]) -> Table:
 
 
 def _products(results: list[dict]) -> Table:
-    rows = []
-    for result in results:
-        if result["flops"] is None:
-            rows.append([result["name"], "depends on the data, or lies in libraries"])
-            continue
+    def cells(result: dict) -> list[str]:
         done, needed = result["flops"], result["model_flops"]
-        rows.append([result["name"], f"{done / 1e9:,.3g}", f"{needed / 1e9:,.3g}", f"{done / needed:.2f}"])
+        return [f"{done / 1e9:,.3g}", f"{needed / 1e9:,.3g}", f"{done / needed:.2f}"]
+
+    rows = _known(results, "flops", cells, "depends on the data, or lies in libraries")
     head = ["run", "in the program", "needed by the model", "ratio"]
     note = (
         "What the program computes beyond the model's need: keys after a query, empty places of experts, recomputation."
     )
     return Table("Matrix products: GFLOP a device and step", head, rows, [note])
+
+
+def _known(results: list[dict], key: str, cells: Callable[[dict], list[str]], unknown: str) -> list[list[str]]:
+    """A row a run: the cells of its figure, or why there is none."""
+    return [[result["name"], *([unknown] if result[key] is None else cells(result))] for result in results]
 
 
 def _study_head(chosen: dict[str, dict]) -> list[str]:
@@ -251,9 +252,7 @@ def _lists(chosen: dict[str, dict], results: list[dict]) -> Table:
     metrics = {
         "scaling efficiency": lambda r: f"{scaling[r['name']]:.1%}" if scaling else NOT_HERE,
         "standard deviation of experts' shares": lambda r: f"{fmean(map(pstdev, r['expert_shares'])):.4f}",
-        "least and most used expert": lambda r: (
-            f"{min(map(min, r['expert_shares'])):.2%}, {max(map(max, r['expert_shares'])):.2%}"
-        ),
+        "least and most used expert": extremes,
         "load-balancing loss": lambda r: f"{r['load_balancing_loss']:.4f}",
         "experts used": lambda r: f"{r['experts_used']:.1%}",
         "held-out perplexity": lambda r: f"{r['eval_perplexity'] or float('nan'):.2f}",

@@ -75,8 +75,8 @@ def _trial(run: str, config: Config, folder: Path) -> Trial:
         raise ConfigError(f"--runs: {run}: {e}") from e
     flags = [f"--config.layout={layout}", *(f"--config.mesh.{axis}={size}" for axis, size in shape.items())]
     flags += [f"--config.train.log_every={train.log_every}", f"--config.train.profile={train.profile}"]
-    sizes = sizes if stage == 1 else [str(stage), *sizes[-2:]]
-    name = f"{layout}:{'x'.join(str(int(size)) for size in sizes[-2 if stage == 1 else -3 :])}"
+    shown = [attention, expert] if stage == 1 else [stage, attention, expert]
+    name = f"{layout}:{'x'.join(map(str, shown))}"
     return Trial(name, made, tuple(flags), folder / re.sub(r"[^\w]+", "-", name).strip("-"))
 
 

@@ -72,16 +72,15 @@ class Plan:
         return out
 
 
-def read(folder: Path) -> tuple[hlo.Module, Plan] | None:
-    """The program that was compiled last of those dumped in `folder`, and its plan; None: there is none, or no plan."""
-    plans = sorted(folder.glob("*_after_optimizations-buffer-assignment.txt"), key=lambda path: path.stat().st_mtime)
-    if not plans:
+def read(folder: Path) -> tuple[hlo.Module, Plan | None] | None:
+    """The program compiled last of those dumped in `folder`, and its plan, if that was told; None: no program."""
+    texts = sorted(folder.glob("*_after_optimizations.txt"), key=lambda path: path.stat().st_mtime)
+    if not texts:
         return None
-    stem = str(plans[-1]).removesuffix("-buffer-assignment.txt")
-    text, ranges = Path(f"{stem}.txt"), Path(f"{stem}-live-range.txt")
-    if not (text.exists() and ranges.exists()):
-        return None
-    return hlo.parse(text.read_text()), parse(plans[-1].read_text(), ranges.read_text())
+    module, stem = hlo.parse(texts[-1].read_text()), texts[-1].with_suffix("")
+    files = [Path(f"{stem}-{what}.txt") for what in ("buffer-assignment", "live-range")]
+    told = all(file.exists() for file in files)
+    return module, parse(*(file.read_text() for file in files)) if told else None
 
 
 def parse(assignment: str, live_ranges: str) -> Plan:

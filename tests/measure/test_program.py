@@ -54,9 +54,7 @@ def compiled(layout: str, mesh: tuple[int, ...], shape: str):
     validate(c)
     with jax.set_mesh(make_mesh(c)), tempfile.TemporaryDirectory() as folder:
         run = Run(c)
-        made = run.lower_train_step().compile(
-            compiler_options={"xla_dump_to": folder, "xla_backend_optimization_level": 0}
-        )
+        made = run.lower_train_step().compile(compiler_options={"xla_dump_to": folder})
         module, plan = buffers.read(Path(folder))
         assert program.sent(module) == program.sent(hlo.parse(made.as_text())), "the text is written in another way"
         return run, module, plan, made.memory_analysis()
@@ -74,7 +72,6 @@ def test_the_program_sends_what_the_formulas_say(layout, mesh, shape):
     for one in found:
         large = one.operand_bytes > 1e-3 * roles.total()
         assert not large or one.role == "statistics" or one.kind in kinds[one.role], one
-    assert program.by_role(found, wire=True).total() > 0
 
 
 @pytest.mark.parametrize("layout, mesh, shape", CASES)
@@ -88,10 +85,43 @@ def test_the_peak_is_the_sum_of_what_lies_in_memory(layout, mesh, shape):
     assert plan.temporaries == told.temp_size_in_bytes
     assert sum(kinds.values()) == plan.peak
     assert 0 <= kinds["unused"] <= 0.02 * plan.peak
-    own = memory.bytes_on_device(jax.tree.map(lambda x: x, state.params["blocks"]["moe"]["experts"]))
+    own = memory.bytes_on_device(state.params["blocks"]["moe"]["experts"])
     assert kinds["gradients"] >= own, "those of all micro-batches are added up in one place"
     assert kinds["copies"] >= 0
     assert kinds["activations"] > 0
+
+
+@pytest.mark.parametrize(
+    "kind, result, operands, wire",
+    [
+        ("all-gather", "f32[32]", ["f32[8]"], 3 * 32),
+        ("reduce-scatter", "f32[2]", ["f32[8]"], 3 / 4 * 32),
+        ("all-reduce", "f32[8]", ["f32[8]"], 2 * 3 / 4 * 32),
+        ("all-to-all", "(f32[2], f32[2], f32[2], f32[2])", ["f32[2]"] * 4, 3 / 4 * 32),
+        ("collective-permute", "f32[8]", ["f32[8]"], 32),
+    ],
+)
+def test_so_much_goes_on_the_wire_in_each_of_three_turns(kind, result, operands, wire):
+    made = "\n".join(f"  %p.{number} = {shape} parameter({number})" for number, shape in enumerate(operands))
+    groups = "source_target_pairs={{0,1},{1,2}}" if kind == "collective-permute" else "replica_groups={{0,1,2,3}}"
+    names = ", ".join(f"%p.{number}" for number in range(len(operands)))
+    path = 'metadata={op_name="jit(step)/moe/dispatch/x"}'
+    text = f"""HloModule step, num_partitions=4
+
+%body (q: f32[8]) -> f32[8] {{
+{made}
+  ROOT %c.1 = {result} {kind}({names}), {groups}, {path}
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  ROOT %w.1 = f32[8] while(%p.0), condition=%none, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+}}
+
+%none (r: f32[8]) -> pred[] {{
+  ROOT %r.1 = pred[] constant(true)
+}}
+"""
+    assert program.sent(hlo.parse(text)) == [program.Sent("dispatch", kind, 3, 3 * 32, 3 * wire)]
 
 
 def test_products_are_counted_through_loops():
