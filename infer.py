@@ -45,6 +45,7 @@ def main(args: cli.Args) -> None:
     from maxsep.data import tokenizer  # imports NumPy, which would double the time that --help takes
 
     words, context = tokenizer.of(config), config.data.sequence_length
+    workdir.check_tokenizer(folder, config, words.fingerprint)
     with join.joined(args, folder) as job:
         given = None
         if job.first:  # which alone has a standard input

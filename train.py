@@ -27,7 +27,7 @@ def main(args: cli.Args) -> None:
     named = args.flags.workdir
     folder = paths.run_folder(f"runs/{args.config.name}" if named is None else named, exists=not training)
     workdir.check_start(folder, args.config, training)
-    preparation.check(args.config)
+    workdir.check_tokenizer(folder, args.config, preparation.check(args.config))
     with join.joined(args, folder) as job:
         config = start(args.config, args.fit_mesh, training, job)
         from maxsep.training import trainer  # imports JAX, which must wait until the flags are right

@@ -5,6 +5,8 @@ import re
 import runpy
 import sys
 import traceback
+import types
+from pathlib import Path
 
 import ml_collections
 
@@ -52,8 +54,10 @@ def config_file(named: str) -> tuple[str, list[str]]:
         path, *arguments = named.split(":", 1)
         if not arguments or not paths.named("--config", path).is_file():
             raise ConfigError(f"--config: got {named!r}, which is no file; takes a file like configs/tiny.py")
-    if str(REPOSITORY) not in sys.path:
-        sys.path.append(str(REPOSITORY))  # for `from configs import base`, wherever the file lies
+    # For `from configs import base`, wherever the file lies and whatever else is called configs.
+    configs = types.ModuleType("configs")
+    configs.__path__ = [str(REPOSITORY / "configs"), str(Path(path).absolute().parent)]
+    sys.modules["configs"] = configs
     return path, arguments
 
 

@@ -36,6 +36,16 @@ def to_write(field: str, value: str) -> Path:
     return path
 
 
+def user_cache() -> Path | None:
+    """maxsep's folder in the user's cache folder; None for a user who has none: neither XDG_CACHE_HOME nor a home."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "maxsep"
+    try:
+        return Path.home() / ".cache" / "maxsep"
+    except RuntimeError:
+        return None
+
+
 def shown(path: Path) -> Path:
     """An absolute path as a user would write it here."""
     here = Path.cwd()

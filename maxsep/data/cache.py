@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,16 +9,29 @@ from maxsep.config import ConfigError, paths
 
 
 def root(cache: str | None) -> Path:
-    """The folder that `data.cache` names, or else maxsep in the user's cache folder; made if missing."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = paths.named("data.cache", cache) if cache else Path(user) / "maxsep"
+    """The folder that `data.cache` names, or else maxsep in the user's cache folder; made if missing.
+
+    It may be one that is only read: what is prepared there is used. Who writes does so inside `writing`.
+    """
+    folder = paths.named("data.cache", cache) if cache else paths.user_cache()
+    if folder is None:
+        raise ConfigError("data.cache: got None; takes a folder to write to, as this user has no home")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"data.cache: got {str(folder)!r} ({error.strerror}); takes a folder to write to") from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"data.cache: got {str(folder)!r} (not writable); takes a folder to write to")
     return folder.absolute()
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What the system says of a full disk, or a folder that may only be read, becomes the user's one line."""
+    try:
+        yield
+    except BrokenPipeError:  # of the console
+        raise
+    except OSError as error:
+        raise ConfigError(f"data.cache: cannot write below {folder} ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager

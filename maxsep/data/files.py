@@ -39,8 +39,15 @@ def compression(path: str) -> str | None:
 
 
 def state(path: str) -> str:
-    """What changes when the file does."""
-    stat = os.stat(path)
+    """What changes when the file does.
+
+    Raises:
+        ConfigError: it is there no more.
+    """
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise ConfigError(f"data.path: {path!r} cannot be read: {error.strerror}") from None
     return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
 
 

@@ -8,8 +8,8 @@ files are laid end to end in the order of their names and cut at the next line, 
 """
 
 import codecs
+import contextlib
 import dataclasses
-import glob
 import hashlib
 import io
 import json
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maxsep.config import ConfigError
-from maxsep.data import files
-from maxsep.data.tfds_source import complement
+from maxsep.data import files, intervals
+from maxsep.data.matching import matching
 from maxsep.output.durable import write_json
 
 LARGE = 1 << 28  # bytes of a file that take a while to read
@@ -44,7 +44,7 @@ class FilesSource:
     """The files that a glob matches, in the order of their names."""
 
     def __init__(self, pattern: str, cache_folder: Path):
-        self.paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        self.paths = matching(pattern)
         if not self.paths:
             raise ConfigError(
                 f"data.path: got {pattern!r}, which matches no file; takes a glob of .jsonl or .txt files"
@@ -66,7 +66,14 @@ class FilesSource:
         return sum(size * EXPANSION if compression else size for size, compression in sizes)
 
     def prepare(self, log: Callable[[str], None]) -> None:
-        """What is still to do before the text can be read: nothing."""
+        """Nothing is to do before the text can be read; tells of files that hold the same."""
+        first = {}
+        for path, scan in zip(self.paths, self._scans(log), strict=True):
+            other = first.setdefault((files.kind(path), scan.sha256), path)
+            if other != path and scan.cuts[-1][0]:
+                held_out = "what is held out of one may be trained on in the other"
+                log(f"WARNING: data.path: {path!r} has the same text as {other!r}: {held_out}")
+                return
 
     def fingerprint(self, log: Callable[[str], None]) -> str:
         """Hash of the files' contents and kinds. Reads them, once: what it finds is cached by path, size and time."""
@@ -82,13 +89,15 @@ class FilesSource:
         """Raises what `splits` does, without reading the files."""
         self._slices(train, held_out)
 
-    def _slices(self, train: str | None, held_out: str | None):
-        held_out = held_out or "train[90%:]"
-        train = train or complement(held_out)
-        sides = _slices("data.split", train), _slices("data.eval_split", held_out)
-        if any(a < d and c < b for a, b in sides[0] for c, d in sides[1]):
-            raise ConfigError(f"data.split: got {train}, which overlaps the held-out split {held_out}")
-        return sides
+    def _slices(self, train: str | None, held_out: str | None) -> tuple[tuple[intervals.Interval, ...], ...]:
+        """What is trained on and what is held out, in [0, 1)."""
+        of_held_out = _slices("data.eval_split", held_out or "train[90%:]")
+        of_train = _slices("data.split", train) if train else tuple(intervals.less((0, 1), of_held_out))
+        if not of_train:
+            raise intervals.nothing_left(held_out)
+        if intervals.overlap(of_train, of_held_out):
+            raise ConfigError(f"data.split: got {train}, which overlaps the held-out split {held_out or 'train[90%:]'}")
+        return of_train, of_held_out
 
     def splits(self, train: str | None, held_out: str | None) -> tuple[list[list[Part]], list[list[Part]]]:
         """The parts, in groups, of the training and of the held-out text.
@@ -126,7 +135,6 @@ class FilesSource:
         """Of every file, from the cache where neither its size nor its time of change is another one."""
         known, states = self._known_scans(), [files.state(path) for path in self.paths]
         found = {}
-        self._scans_file.parent.mkdir(parents=True, exist_ok=True)
         for path, state in zip(self.paths, states, strict=True):
             if state not in known:
                 large = os.path.getsize(path) > LARGE
@@ -134,15 +142,21 @@ class FilesSource:
                     log(f"reading {path} once, for its hash")
                 found[state] = dataclasses.asdict(files.scan(path))
                 if large:
-                    write_json(self._scans_file, known | found, indent=None)
+                    self._remember(known | found)
         if found:
-            write_json(self._scans_file, known | found, indent=None)
+            self._remember(known | found)
         known |= found
         return [files.Scan(known[state]["sha256"], tuple(map(tuple, known[state]["cuts"]))) for state in states]
 
+    def _remember(self, scans: dict[str, dict]) -> None:
+        # Where the cache is only read, or full, files are read again: the records may be there all the same.
+        with contextlib.suppress(OSError):
+            self._scans_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._scans_file, scans, indent=None)
+
     @staticmethod
-    def read(group: list[Part]) -> Iterator[tuple[str, bool]]:
-        """The parts' texts, each with whether a document ends with it.
+    def read(group: list[Part]) -> Iterator[tuple[str, bool, str]]:
+        """The parts' texts, each with whether a document ends with it, and where it lies.
 
         Raises:
             ConfigError: text that is not UTF-8, a line that is not JSON with a text; it names file and line.
@@ -152,7 +166,7 @@ class FilesSource:
             yield from _lines(part, pieces) if files.kind(part.path) == "jsonl" else _stretches(part, pieces)
 
 
-def _slices(field: str, split: str) -> tuple[tuple[float, float], ...]:
+def _slices(field: str, split: str) -> tuple[intervals.Interval, ...]:
     slices = []
     for term in split.split("+"):
         match = re.fullmatch(r"train(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", term.strip())
@@ -162,7 +176,7 @@ def _slices(field: str, split: str) -> tuple[tuple[float, float], ...]:
                 f"{field}: got {split}; takes train or slices of it, as train[:90%], where files are read"
             )
         slices.append((a / 100, b / 100))
-    return tuple(slices)
+    return intervals.once(slices)
 
 
 def place(number: int, line: int) -> float:
@@ -195,34 +209,39 @@ def _grouped(parts: Iterator[Part]) -> list[list[Part]]:
     return groups
 
 
-def _lines(part: Part, pieces: Iterator[bytes]) -> Iterator[tuple[str, bool]]:
+def _lines(part: Part, pieces: Iterator[bytes]) -> Iterator[tuple[str, bool, str]]:
     for piece, (_, lines) in zip(pieces, part.cuts, strict=False):
         for number, line in enumerate(io.BytesIO(piece), lines):
             where = place(part.number, number)
-            if not line.strip() or not any(a <= where < b for a, b in part.slices):
+            if not any(a <= where < b for a, b in part.slices):
                 continue
-            at = f"data.path: {part.path}:{number + 1}"
+            at = f"{part.path}:{number + 1}"
             try:
-                document = json.loads(line.removeprefix(codecs.BOM_UTF8))
+                # Not by json: from bytes it takes halves of surrogate pairs, UTF-16 and more.
+                content = line.removeprefix(codecs.BOM_UTF8).strip().decode()
+                document = json.loads(content) if content else None
             except UnicodeDecodeError:
-                raise ConfigError(f"{at} is not UTF-8") from None
+                raise ConfigError(f"data.path: {at} is not UTF-8") from None
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{at} is not JSON: {error}") from None
+                what = "UTF-8" if "\0" in content else f"JSON: {error}"  # English as UTF-16 is every other byte 0
+                raise ConfigError(f"data.path: {at} is not {what}") from None
+            if not content:
+                continue
             text = document.get("text") if isinstance(document, dict) else None
             if not isinstance(text, str):
-                raise ConfigError(f'{at} has no string under the key "text"')
+                raise ConfigError(f'data.path: {at} has no string under the key "text"')
             # JSON can spell half a surrogate pair, which is no character.
-            yield text if text.isascii() else text.encode("utf-8", "replace").decode(), True
+            yield text if text.isascii() else text.encode("utf-8", "replace").decode(), True, at
 
 
-def _stretches(part: Part, pieces: Iterator[bytes]) -> Iterator[tuple[str, bool]]:
+def _stretches(part: Part, pieces: Iterator[bytes]) -> Iterator[tuple[str, bool, str]]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     last = len(part.cuts) - 2
     for i, piece in enumerate(pieces):
-        if part.cuts[i][0] == 0:
+        start = part.cuts[i][0]
+        if start == 0:
             piece = piece.removeprefix(codecs.BOM_UTF8)
         try:
-            yield decoder.decode(piece, final=i == last), i == last and part.ends
+            yield decoder.decode(piece, final=i == last), i == last and part.ends, f"{part.path}, from byte {start} on"
         except UnicodeDecodeError as error:
-            byte = part.cuts[i][0] + error.start
-            raise ConfigError(f"data.path: {part.path} is not UTF-8, near byte {byte}") from None
+            raise ConfigError(f"data.path: {part.path} is not UTF-8, near byte {start + error.start}") from None

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from maxsep.config import ConfigError, cli
 from maxsep.data import tokenizer
+from maxsep.data.coding import Unencodable
 from maxsep.data.records import SHARD_TOKENS, check_shard, id_dtype, write_shard
 from maxsep.output.durable import write_json
 
@@ -38,14 +40,15 @@ def pack(
 ) -> dict:
     """Packs a split's parts, which `read` turns into texts, into shards below `folder`.
 
-    Returns: the split's entry in the manifest (`shards`, `tokens`, `documents`) and `counts`, int64 [vocab_size]: how
-    often each id is predicted.
+    Returns: the split's entry in the manifest (`shards`, `tokens`, `documents`); `counts`, int64 [vocab_size]: how
+    often each id is predicted; `unknown`: how many pieces of its text have no token.
     """
     tokens_of = _TokenFiles(folder / split, read, parts, tokenizer_name)
     coder = _coder(tokenizer_name)
     state_file = folder / f"{split}-progress.json"
     state = _saved(state_file) or {"shards": [], "part": 0, "offset": 0, "tokens": 0, "counts": [0] * coder.vocab_size}
     shards, tokens, first_part = state["shards"], state["tokens"], state["part"]
+    unknown = state.get("unknown", 0)
     counts = np.array(state["counts"], np.int64)
 
     def save_shard(length: int) -> None:
@@ -62,8 +65,10 @@ def pack(
     started, tokens_before = time.monotonic(), tokens
     for number, part in tokens_of.in_order(first_part, workers):
         # A resumed preparation counts the part it stopped in anew, so the state is that before the part.
-        before = {"part": number, "tokens": tokens, "counts": counts}
+        before = {"part": number, "tokens": tokens, "counts": counts, "unknown": unknown}
+        length = len(part)
         part = part[: None if max_tokens is None else max_tokens - tokens]
+        unknown += round(tokens_of.unknown(number) * len(part) / max(1, length))
         targets = part if tokens else part[1:]
         counts = counts + np.bincount(targets, minlength=coder.vocab_size)
         tokens += len(part)
@@ -87,7 +92,7 @@ def pack(
     tokens_of.drop(len(parts))
     ends_inside = tokens == max_tokens and stream[-1] != coder.end_of_text
     documents = int(counts[coder.end_of_text]) + int(ends_inside)
-    return {"shards": shards, "tokens": tokens, "documents": documents, "counts": counts}
+    return {"shards": shards, "tokens": tokens, "documents": documents, "counts": counts, "unknown": unknown}
 
 
 def _saved(state_file: Path) -> dict | None:
@@ -102,7 +107,7 @@ def _saved(state_file: Path) -> dict | None:
 
 
 class _TokenFiles:
-    """The tokens of every part, each in a file of its own until it is packed."""
+    """The tokens of every part, each in a file of its own until it is packed, and beside it how many it lacks."""
 
     _dropped = 0  # the parts before it have no file any more
 
@@ -130,8 +135,17 @@ class _TokenFiles:
                     yield self._result(*ahead.popleft())
             while ahead:
                 yield self._result(*ahead.popleft())
+        except concurrent.futures.BrokenExecutor:
+            why = "one of them was killed, as the system does where memory runs out"
+            kept = "what is finished is kept"
+            raise cli.Exit(cli.USER_ERROR, f"--workers: got {workers}, but {why}; takes fewer ({kept})") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def unknown(self, number: int) -> int:
+        """How many pieces of a part's text have no token."""
+        path = _beside(self._paths[number])
+        return int(path.read_text()) if path.exists() else 0
 
     def _result(self, number: int, future: concurrent.futures.Future) -> tuple[int, np.ndarray]:
         future.result()
@@ -143,7 +157,8 @@ class _TokenFiles:
     def drop(self, stop: int) -> None:
         """Removes the files of the parts before `stop`: they are packed."""
         while self._dropped < stop:
-            self._paths[self._dropped].unlink(missing_ok=True)
+            for path in (self._paths[self._dropped], _beside(self._paths[self._dropped])):
+                path.unlink(missing_ok=True)
             self._dropped += 1
 
 
@@ -165,11 +180,16 @@ def _tokenise(read: Callable, part, tokenizer_name: str, path: Path) -> None:
     coder = _coder(tokenizer_name)
     dtype = id_dtype(coder.vocab_size)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    ids = []
+    ids, unknown = [], 0
     with open(partial, "wb") as file:
-        for text, ends in read(part):
+        for text, ends, at in read(part):
             if text:
-                ids += coder.encode(text)
+                try:
+                    found, without = coder.encode_and_count(text)
+                except Unencodable as error:
+                    raise ConfigError(f"data.tokenizer: {tokenizer_name} cannot encode {at} ({error})") from None
+                ids += found
+                unknown += without
                 if ends:
                     ids.append(coder.end_of_text)
             if len(ids) > WRITE_TOKENS:
@@ -177,7 +197,14 @@ def _tokenise(read: Callable, part, tokenizer_name: str, path: Path) -> None:
                 ids.clear()
         file.write(np.array(ids, dtype).tobytes())
         os.fsync(file.fileno())
+    if unknown:
+        _beside(path).write_text(str(unknown))
     partial.replace(path)
+
+
+def _beside(path: Path) -> Path:
+    """Where it stands how many pieces of a part's text have no token, if any have none."""
+    return path.with_suffix(".unknown")
 
 
 _coder = functools.cache(tokenizer.load)

@@ -27,6 +27,7 @@ LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes
 RATE = 2_000_000  # tokens/s that a process prepares, roughly
 HASH_RATE = 500_000_000  # bytes/s that are read for a file's hash, roughly
 BYTES_A_TOKEN = 4  # of English text in GPT-2's tokens, roughly
+MOST_UNKNOWN = 0.5  # share of a text that its tokenizer may lack
 
 
 def ensure(config: Config, log: Callable[[str], None], job: Job = ALONE) -> Corpus:
@@ -54,14 +55,15 @@ def ensure(config: Config, log: Callable[[str], None], job: Job = ALONE) -> Corp
     return corpus
 
 
-def check(config: Config) -> None:
-    """Opens what the config names as data and tokenizer; reads no text.
+def check(config: Config) -> str:
+    """Opens what the config names as data and tokenizer; reads no text. Returns the tokenizer's fingerprint.
 
     Raises:
         ConfigError: one of them is not there, or of no known kind.
     """
     preparation = Preparation(config, lambda line: None)
     preparation.source.check_splits(config.data.split, config.data.eval_split)
+    return preparation.tokenizer.fingerprint
 
 
 class Preparation:
@@ -87,11 +89,11 @@ class Preparation:
             return corpus
         if self.estimate() > limit:
             raise self.too_large()
-        with cache.locked(folder, self.log):
+        with cache.writing(self.cache), cache.locked(folder, self.log):
             corpus = self.open(folder)  # another process may have prepared it meanwhile
             if corpus is None:
                 self.prepare(folder, workers, progress)
-                corpus = Corpus(folder, self.tokenizer)
+                corpus = self.opened(folder)
         return corpus
 
     @functools.cached_property
@@ -109,49 +111,48 @@ class Preparation:
         if not folder.exists():
             return None
         try:
-            return Corpus(folder, self.tokenizer)
+            return self.opened(folder)
         except Damaged as error:
             self.log(f"{error}; preparing it anew")
             return None
 
+    def opened(self, folder: Path) -> Corpus:
+        return Corpus(folder, self.tokenizer, self.source.description)
+
     def prepare(self, folder: Path, workers: int, progress: Callable[[str], None]) -> None:
-        data = self.config.data
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
         partial.mkdir(parents=True, exist_ok=True)
-        for file in partial.glob("*.partial"):  # what a process that was killed had begun
-            file.unlink()
+        _drop_begun(partial)  # by a process that was killed
         try:
-            self.source.prepare(self.log)
-            parts = self.source.splits(data.split, data.eval_split)
-            self.log(f"preparing {self.source.description}, with the tokenizer {data.tokenizer}")
-            manifest = {}
-            for split, pieces, most in zip(
-                ("train", "eval"), parts, (data.max_tokens, data.eval_max_tokens), strict=True
-            ):
-                manifest[split] = packing.pack(
-                    partial,
-                    split,
-                    self.source.read,
-                    pieces,
-                    data.tokenizer,
-                    data.sequence_length,
-                    most,
-                    workers,
-                    progress,
-                )
+            manifest = self.pack(partial, workers, progress)
             self.check(manifest["train"]["tokens"], manifest["eval"]["tokens"])
+            self.check_known(manifest)
+            manifest = self.describe(manifest)
+            write_json(partial / "manifest.json", manifest | {"checksum": checksum(manifest)})
         except ConfigError:
             if not any(partial.glob("*-progress.json")):  # nothing worth keeping
                 shutil.rmtree(partial)
             raise
-        except OSError as error:
-            raise ConfigError(f"data.cache: cannot write below {partial} ({error})") from None
-        manifest = self.describe(manifest)
-        write_json(partial / "manifest.json", manifest | {"checksum": checksum(manifest)})
+        finally:
+            _drop_begun(partial)
         for file in partial.glob("*-progress.json"):
             file.unlink()
         partial.rename(folder)
+
+    def pack(self, folder: Path, workers: int, progress: Callable[[str], None]) -> dict:
+        """Packs both splits into shards in `folder`. Returns what `packing.pack` tells of each."""
+        data = self.config.data
+        self.source.prepare(self.log)
+        parts = self.source.splits(data.split, data.eval_split)
+        self.log(f"preparing {self.source.description}, with the tokenizer {data.tokenizer}")
+        limits = {"train": data.max_tokens, "eval": data.eval_max_tokens}
+        return {
+            split: packing.pack(
+                folder, split, self.source.read, pieces, data.tokenizer, data.sequence_length, most, workers, progress
+            )
+            for (split, most), pieces in zip(limits.items(), parts, strict=True)
+        }
 
     def check(self, train_tokens: int, eval_tokens: int) -> None:
         data = self.config.data
@@ -168,6 +169,19 @@ class Preparation:
         if train_tokens <= data.sequence_length:
             takes = f"less than the {train_tokens} tokens of the training split"
             raise ConfigError(f"data.sequence_length: got {data.sequence_length}; takes {takes}")
+
+    def check_known(self, splits: dict) -> None:
+        """Tells how much of the packed splits' text has no token; refuses a tokenizer that was made for other text."""
+        name, became = self.config.data.tokenizer, self.tokenizer.unknown
+        unknown = sum(split.pop("unknown") for split in splits.values())
+        tokens = sum(split["tokens"] - split["documents"] for split in splits.values())
+        share = unknown / max(1, tokens if became else tokens + unknown)
+        fate = f"become {became}" if became else "are left out"
+        what = f"{unknown:,} pieces of the text ({share:.2%}) have no token in it and {fate}"
+        if share > MOST_UNKNOWN:
+            raise ConfigError(f"data.tokenizer: got {name!r}; {what}; takes one that was made for such text")
+        if unknown:
+            self.log(f"WARNING: data.tokenizer: {name}: {what}")
 
     def describe(self, splits: dict) -> dict:
         """The manifest of the packed splits, without its checksum."""
@@ -205,6 +219,12 @@ class Preparation:
             f"{tokens / 1e6:,.0f} M tokens, {gigabytes:.1f} GB of disk, {minutes} minutes on {workers} cores; "
             f"first run: {shlex.join(command)}"
         )
+
+
+def _drop_begun(folder: Path) -> None:
+    """Removes files that were not written to their end."""
+    for file in folder.glob("*.partial"):
+        file.unlink()
 
 
 def unigram_entropy(train_counts: np.ndarray, eval_counts: np.ndarray) -> float:

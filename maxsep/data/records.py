@@ -78,9 +78,10 @@ class Corpus:
 
     `fingerprint`: a hash of all tokens of both splits, the tokenizer and the sequence length. `unigram_entropy`: nats a
     token, of the held-out targets under add-one counts of the training split's targets over the tokenizer's ids.
+    `source`: where its text lies, which may be elsewhere than it lay when it was prepared.
     """
 
-    def __init__(self, folder: Path, tokenizer):
+    def __init__(self, folder: Path, tokenizer, source: str):
         manifest = read_manifest(folder)
         dtype = id_dtype(tokenizer.vocab_size)
         self.folder = folder
@@ -89,7 +90,7 @@ class Corpus:
         self.eval = Records(folder, manifest["eval"], manifest["sequence_length"], dtype)
         self.fingerprint = manifest["fingerprint"]
         self.unigram_entropy = manifest["unigram_entropy"]
-        self.source = manifest["source"]["description"]
+        self.source = source
 
     @property
     def description(self) -> str:
@@ -153,18 +154,25 @@ def open_shard(path: Path):
 
 
 def write_shard(path: Path, records: list[np.ndarray]) -> dict:
-    """Writes the records, whole or not at all. Returns the shard's entry in the manifest."""
+    """Writes the records, whole or not at all. Returns the shard's entry in the manifest.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     digest = hashlib.sha256()
     partial = path.with_name(path.name + ".partial")
-    writer = ArrayRecordWriter(str(partial), _OPTIONS)
-    for record in records:
-        content = record.tobytes()
-        digest.update(content)
-        writer.write(content)
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(str(partial), _OPTIONS)
+        for record in records:
+            content = record.tobytes()
+            digest.update(content)
+            writer.write(content)
+        writer.close()
+        shard = {"file": partial.name, "records": len(records), "bytes": partial.stat().st_size}
+        check_shard(path.parent, shard)  # a full disk would show here at the latest
+    except (RuntimeError, Damaged) as error:
+        raise OSError(" ".join(str(error).split())) from None
     partial.replace(path)
-    shard = {"file": path.name, "records": len(records), "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-    check_shard(path.parent, shard)  # a full disk would show here
-    return shard
+    return shard | {"file": path.name, "sha256": digest.hexdigest()}

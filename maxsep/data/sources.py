@@ -7,7 +7,8 @@
 - `prepare(log)`: what has to be done once before reading;
 - `splits(split, eval_split) -> (parts, parts)`: the training and the held-out text in parts. Which these are depends on
   the source alone, so that any number of processes makes the same records of them;
-- `read(part) -> iterator of (text, ends)`: the part's text in order; `ends` where a document does.
+- `read(part) -> iterator of (text, ends, at)`: the part's text in order; `ends` where a document does; `at`: where it
+  lies, for messages.
 """
 
 from pathlib import Path

@@ -1,15 +1,17 @@
 """Text of a dataset that TFDS prepared, array_record or tfrecord, read without TensorFlow; so is the default corpus."""
 
+import collections
 import functools
 import hashlib
 import itertools
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from maxsep.config import ConfigError, paths
-from maxsep.data import cache, docstrings
+from maxsep.data import cache, docstrings, intervals
 
 DOCUMENTS = 4096  # a part, of array_record
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -67,8 +69,9 @@ class TfdsSource:
         names = _builder(self.folder).info.splits
         if held_out is None:
             held_out = "validation" if "validation" in names else "train[90%:]"
-        train = train or complement(held_out)
-        parts = self._parts("data.split", train), self._parts("data.eval_split", held_out)
+        of_held_out = self._parts("data.eval_split", held_out)
+        train = train or self._rest(held_out)
+        parts = self._parts("data.split", train), of_held_out
         for a, b in itertools.product(*parts):
             if a.filename == b.filename and a.skip < b.skip + b.take and b.skip < a.skip + a.take:
                 raise ConfigError(f"data.split: got {train}, which overlaps the held-out split {held_out}")
@@ -81,7 +84,31 @@ class TfdsSource:
         except (KeyError, ValueError, AssertionError):
             takes = f"splits of {', '.join(sorted(splits))}, as train[:90%]"
             raise ConfigError(f"{field}: got {split}; takes {takes}") from None
-        return [Part(str(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions]
+        taken = collections.defaultdict(list)  # by file: a document is read once, however often slices name it
+        parts = []
+        for i in instructions:
+            name, here = str(i.filename), (i.skip, i.skip + i.take)
+            for start, stop in intervals.less(here, taken[name]):
+                parts.append(Part(name, start, stop - start, i.examples_in_shard))
+            taken[name].append(here)
+        return parts
+
+    def _rest(self, held_out: str) -> str:
+        """What of `train` is not held out; all of it where that is another split."""
+        import tensorflow_datasets as tfds
+
+        infos = _builder(self.folder).info.splits
+        if "train" not in infos:
+            return "train"  # and refused as such
+        whole = infos["train"].num_examples
+        slices = tfds.core.ReadInstruction.from_spec(held_out).to_absolute(infos)
+        taken = [(s.from_ or 0, whole if s.to is None else s.to) for s in slices if s.splitname == "train"]
+        if not taken:
+            return "train"
+        rest = [f"train[{start}:{stop}]" for start, stop in intervals.less((0, whole), taken)]
+        if not rest:
+            raise intervals.nothing_left(held_out)
+        return "+".join(rest)
 
     def _pieces(self, part: Part) -> Iterator[Part]:
         """Short parts, where a file can be read from anywhere."""
@@ -90,8 +117,8 @@ class TfdsSource:
             take = min(size, part.skip + part.take - skip)
             yield Part(part.filename, skip, take, part.examples_in_shard)
 
-    def read(self, part: Part) -> Iterator[tuple[str, bool]]:
-        """The part's texts, each with True: it is a document's end.
+    def read(self, part: Part) -> Iterator[tuple[str, bool, str]]:
+        """The part's texts, each with True, as a document ends with it, and where it lies.
 
         Raises:
             ConfigError: a file that is missing or damaged, or not UTF-8.
@@ -103,10 +130,11 @@ class TfdsSource:
         try:
             for record in records:
                 text = features.deserialize_example_np(record)[name]
-                yield text.decode() if isinstance(text, bytes) else text, True
+                at = f"{part.filename}: document {part.skip + count}"
+                yield text.decode() if isinstance(text, bytes) else text, True, at
                 count += 1
         except UnicodeDecodeError:
-            raise ConfigError(f"data.path: {part.filename}: document {part.skip + count} is not UTF-8") from None
+            raise ConfigError(f"data.path: {at} is not UTF-8") from None
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             raise ConfigError(f"data.path: {part.filename}: {' '.join(str(error).split())}") from None
         if count != part.take:
@@ -127,7 +155,7 @@ class DocstringsSource(TfdsSource):
         """Refuses what cannot be one, without building the corpus, which has the split `train` alone."""
         for field, split in (("data.split", train), ("data.eval_split", held_out)):
             terms = (split or "train").split("+")
-            if not all(re.fullmatch(r"train(\[(-?\d+%?)?:(-?\d+%?)?\])?", term.strip()) for term in terms):
+            if not all(re.fullmatch(r"train(\[(-?[\d.]+%?)?:(-?[\d.]+%?)?\])?", term.strip()) for term in terms):
                 raise ConfigError(f"{field}: got {split}; takes slices of train, as train[:90%]")
 
     def fingerprint(self, log: Callable[[str], None]) -> str:
@@ -140,7 +168,14 @@ class DocstringsSource(TfdsSource):
                 from maxsep.data import docstrings_builder
 
                 log(f"building the default corpus, {self.description}")
-                docstrings_builder.build(self._root, log)
+                shutil.rmtree(self._root, ignore_errors=True)  # what a process that was killed had begun
+                try:
+                    docstrings_builder.build(self._root, log)
+                except RuntimeError as error:  # what TFDS makes of a full disk
+                    raise OSError(" ".join(str(error).split())) from None
+                finally:
+                    if not self.folder.exists():
+                        shutil.rmtree(self._root, ignore_errors=True)
 
 
 def find(path: str, name: str | None) -> TfdsSource:
@@ -168,16 +203,6 @@ def find(path: str, name: str | None) -> TfdsSource:
         takes = f"a dataset prepared in {path}: {', '.join(there) or 'there is none'}"
         raise ConfigError(f"data.name: got {name!r}; takes {takes}")
     return TfdsSource(found[version or versions[-1]].absolute())
-
-
-def complement(split: str) -> str:
-    """What a slice of train leaves of it; all of train for another split. `train[90%:]` leaves `train[:90%]`."""
-    match = re.fullmatch(r"train(?:\[([^:\[\]]*):([^:\[\]]*)\])?", split)
-    if not match:
-        return "train"
-    first, last = match[1], match[2]
-    rest = ([f"train[:{first}]"] if first else []) + ([f"train[{last}:]"] if last else [])
-    return "+".join(rest) or "train"
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maxsep.config import ConfigError, paths
+from maxsep.data.coding import Unencodable
 
 
 class Prompt(NamedTuple):
@@ -32,12 +33,14 @@ def prompts(given: Sequence[str], file: str | None, tokenizer, context: int) -> 
         found, name = _decoded(sys.stdin.buffer.read(), "standard input").splitlines(), "standard input"
     if not found:
         raise ConfigError(f"{name}: has no prompt; takes at least one")
-    encoded = [Prompt(text, tokenizer.encode(text)) for text in found]
-    for number, prompt in enumerate(encoded, 1):
+    encoded = []
+    for number, text in enumerate(found, 1):
         which = name if len(found) == 1 else f"{name}: prompt {number} of {len(found)}"
-        if not prompt.ids:
-            raise ConfigError(f"{which}: got {_short(prompt.text)}, which is empty; takes at least one token")
-        _fits(which, prompt.ids, context)
+        ids = _encoded(which, text, tokenizer)
+        if not ids:
+            raise ConfigError(f"{which}: got {_short(text)}, which is empty; takes at least one token")
+        _fits(which, ids, context)
+        encoded.append(Prompt(text, ids))
     return encoded
 
 
@@ -58,7 +61,7 @@ def to_score(file: str, tokenizer, context: int) -> list[list[int]]:
             text = entry["text"]
             if not isinstance(text, str) or not text:
                 raise ConfigError(f"{where}: got {_short(text)} as text; takes a string that is not empty")
-            found.append(tokenizer.encode(text))
+            found.append(_encoded(where, text, tokenizer))
             continue
         ids = entry["tokens"]
         if not isinstance(ids, list) or not ids:
@@ -73,6 +76,19 @@ def to_score(file: str, tokenizer, context: int) -> list[list[int]]:
     for number, ids in enumerate(found, 1):
         _fits(f"--score: {file}:{number}", ids[:-1], context, 1)  # nothing comes after the last
     return found
+
+
+def _encoded(where: str, text: str, tokenizer) -> list[int]:
+    try:
+        ids, unknown = tokenizer.encode_and_count(text)
+    except Unencodable as error:
+        raise ConfigError(f"{where}: got {_short(text)}, which the run's tokenizer cannot encode ({error})") from None
+    if unknown and not ids:
+        raise ConfigError(f"{where}: got {_short(text)}, of which the run's tokenizer knows nothing; takes other text")
+    if unknown:
+        fate = f"become {tokenizer.unknown}" if tokenizer.unknown else "are left out"
+        print(f"WARNING: {where}: {unknown} pieces of {_short(text)} have no token and {fate}", file=sys.stderr)
+    return ids
 
 
 def _fits(where: str, ids: list[int], context: int, more: int = 0) -> None:

@@ -37,10 +37,11 @@ RESUME_MAY_CHANGE = (
     "train.watchdog_seconds",
     "train.deterministic",
     "optimizer.zero1",
-    # Where the corpus lies. Its fingerprint must stay.
+    # Where the corpus and its tokenizer lie. Their fingerprints must stay.
     "data.path",
     "data.name",
     "data.cache",
+    "data.tokenizer",
     "model.remat",
     "model.scan_layers",
     "model.attention_kernel",
@@ -95,16 +96,35 @@ def check_inference(folder: Path, config: Config, step: str) -> None:
     """Refuses, before anything slow, a run that cannot be used with `config`, its own but for `INFERENCE_TAKES`.
 
     Raises:
-        ConfigError: it has no checkpoint, or not that of `step` (a number, or a word), or another tokenizer.
+        ConfigError: it has no checkpoint, or not that of `step` (a number, or a word).
     """
     if not has_checkpoint(folder):
         raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
     steps = sorted(int(entry.name) for entry in (folder / CHECKPOINTS).iterdir() if entry.name.isdigit())
     if step.isdecimal() and int(step) not in steps:
         raise ConfigError(f"--step: got {step}; {folder} has {', '.join(map(str, steps))}; takes one of them")
-    own, given = read_config(folder)[0].data.tokenizer, config.data.tokenizer
-    if own != given and not (own.endswith(".json") and given.endswith(".json")):  # a file may have moved
-        raise ConfigError(f"data.tokenizer: got {given!r}; the run in {folder} has {own!r}, which may not change")
+
+
+def check_tokenizer(folder: Path, config: Config, fingerprint: str) -> None:
+    """Refuses another tokenizer than that of the run in `folder`, if there is one; its file may have moved.
+
+    Args:
+        fingerprint: of the tokenizer that `config` names.
+
+    Raises:
+        ConfigError: its ids mean something else.
+    """
+    if not (folder / "config.json").exists():
+        return
+    stored, record = read_config(folder)
+    own, given = stored.data.tokenizer, config.data.tokenizer
+    # A run of before fingerprints were stored goes by the names.
+    same = own == given or (own.endswith(".json") and given.endswith(".json"))
+    if not (record["tokenizer"] == fingerprint if "tokenizer" in record else same):
+        other = ", with another content" if own == given else ""
+        raise ConfigError(
+            f"data.tokenizer: got {given!r}{other}; the run in {folder} has {own!r}, whose ids may not change"
+        )
 
 
 def newest() -> Path:
@@ -218,7 +238,7 @@ def check_shared(folder: Path, job: Job) -> None:
         raise ConfigError(f"--workdir: {blind[0]} does not see what process 0 writes in {folder}; {SHARED}")
 
 
-def write_config(workdir: Path, config: Config, corpus_fingerprint: str) -> None:
+def write_config(workdir: Path, config: Config, corpus_fingerprint: str, tokenizer_fingerprint: str) -> None:
     """Writes `config.json`: `config`, which `resolve` has completed, and what else the result depends on."""
     import jax  # here, as the checks above are made before JAX starts
 
@@ -226,6 +246,7 @@ def write_config(workdir: Path, config: Config, corpus_fingerprint: str) -> None
     record = {
         "config": dataclasses.asdict(config),
         "corpus": corpus_fingerprint,
+        "tokenizer": tokenizer_fingerprint,
         "command": sys.argv,
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},

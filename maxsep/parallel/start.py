@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maxsep.cluster import holder
 from maxsep.cluster.job import ALONE, Job
-from maxsep.config import Config, ConfigError
+from maxsep.config import Config, ConfigError, paths
 from maxsep.config.validate import validate
 
 HELD = 30.0  # seconds for which JAX's connections to process 0 stay open after its death
@@ -162,7 +162,11 @@ def _keep_programs() -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # JAX reads it itself; empty means no cache
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxsep" / "xla"
+    folder = paths.user_cache()
+    if folder is None:
+        print("warning: no compilation cache: this user has no home", file=sys.stderr, flush=True)
+        return
+    folder /= "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

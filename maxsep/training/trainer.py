@@ -59,7 +59,7 @@ def train(config: Config, folder: Path, job: Job = ALONE) -> None:
             job.agree(None)  # before the first process writes what all have read
             writer = None
             if job.first:
-                workdir.write_config(folder, config, corpus.fingerprint)
+                workdir.write_config(folder, config, corpus.fingerprint, corpus.tokenizer.fingerprint)
                 writer = stack.enter_context(MetricsWriter(folder, step))
         except OSError as e:
             raise ConfigError(f"--workdir: cannot write to {folder}: {e.strerror}") from e

@@ -38,7 +38,7 @@ def documents(source, parts):
     """The documents of the parts, read part by part."""
     found, text = [], ""
     for part in parts:
-        for piece, ends in source.read(part):
+        for piece, ends, _ in source.read(part):
             text += piece
             if ends:
                 found.append(text)

@@ -119,7 +119,7 @@ def test_a_damaged_corpus_is_never_silently_shorter(tmp_path, how):
     whole = stream(corpus.train)
     damage(corpus, how)
     with pytest.raises(Damaged, match="is damaged"):
-        Corpus(corpus.folder, corpus.tokenizer)
+        Corpus(corpus.folder, corpus.tokenizer, corpus.source)
     log = []
     again = preparation.ensure(config(tmp_path), log.append)
     assert stream(again.train) == whole and again.fingerprint == corpus.fingerprint
@@ -135,7 +135,7 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
     for byte in [i for i, value in enumerate(content) if value][::17]:
         shard.write_bytes(content[:byte] + bytes([content[byte] ^ 4]) + content[byte + 1 :])
         try:
-            assert stream(Corpus(corpus.folder, corpus.tokenizer).train) == whole
+            assert stream(Corpus(corpus.folder, corpus.tokenizer, corpus.source).train) == whole
         except Damaged as error:
             assert "train-00000.array_record" in str(error)
             noticed += 1

