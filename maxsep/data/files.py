@@ -47,8 +47,25 @@ def state(path: str) -> str:
     try:
         stat = os.stat(path)
     except OSError as error:
-        raise ConfigError(f"data.path: {path!r} cannot be read: {error.strerror}") from None
+        raise _unreadable(path, error) from None
     return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def check(path: str) -> None:
+    """Opens the file.
+
+    Raises:
+        ConfigError: it is a link to nothing, or this user may not read it.
+    """
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> ConfigError:
+    takes = "files that this user may read"
+    return ConfigError(f"data.path: {path!r} cannot be read ({error.strerror}); takes {takes}")
 
 
 def scan(path: str) -> Scan:

@@ -50,11 +50,10 @@ class FilesSource:
                 f"data.path: got {pattern!r}, which matches no file; takes a glob of .jsonl or .txt files"
             )
         for path in self.paths:
-            if not os.path.isfile(path) or not files.ENDINGS.fullmatch(path):
+            if (os.path.exists(path) and not os.path.isfile(path)) or not files.ENDINGS.fullmatch(path):
                 takes = "a glob of .jsonl or .txt files, also .gz, .xz, .bz2, .zst"
                 raise ConfigError(f"data.path: got {pattern!r}, which matches {path!r}; takes {takes}")
-            if not os.access(path, os.R_OK):
-                raise ConfigError(f"data.path: {path!r} cannot be read; takes files that this user may read")
+            files.check(path)
         self.description = f"{len(self.paths)} file{'s' * (len(self.paths) > 1)}, {pattern}"
         name = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:16]
         self._scans_file = cache_folder / "scans" / f"{name}.json"

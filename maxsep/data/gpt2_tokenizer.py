@@ -37,7 +37,7 @@ class Gpt2Tokenizer(Tokenizer):
         self._bpe = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
     def _encode(self, text: str) -> tuple[list[int], int]:
-        if not _has_long_blanks(text, LONG):
+        if len(text) < 2 * LONG or not _has_long_blanks(text, LONG):
             return self._bpe.encode_ordinary(text), 0
         return [i for piece in _at_long_blanks(text, LONG) for i in self._bpe.encode_ordinary(piece)], 0
 
@@ -58,10 +58,11 @@ def _at_long_blanks(text: str, length: int) -> Iterator[str]:
     which its library remembers every blank, up to a million. At the end of a text it need not go back.
     """
     start = 0
-    for row in re.finditer(f"[{_BLANK}]{{{length},}}+(?=.)", text, re.DOTALL):
-        yield text[start : row.start()]
-        yield text[row.start() : row.end() - 1]
-        start = row.end() - 1
+    for row in re.finditer(f"[{_BLANK}]+", text):
+        if row.end() - row.start() >= length and row.end() < len(text):
+            yield text[start : row.start()]
+            yield text[row.start() : row.end() - 1]
+            start = row.end() - 1
     yield text[start:]
 
 

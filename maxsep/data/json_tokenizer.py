@@ -49,8 +49,9 @@ class JsonTokenizer(Tokenizer):
         if self.unknown:
             self._spelled.discard(self._unknown_id)
         self._may_leave_out = type(self._model).__name__ == "BPE" and not self.unknown  # others raise
-        self._known = set()  # characters that are not left out
-        self._letters = {}  # of spelled tokens: the ids of their letters
+        self._known = {c for c in map(chr, range(128)) if self._has_token(c)} if self._may_leave_out else set()
+        self._knows_ascii = len(self._known) == 128
+        self._ids_of = {}  # letters of spelled tokens
 
     def _encode(self, text: str) -> tuple[list[int], int]:
         found = self._tokenizer.encode(text, add_special_tokens=False)
@@ -67,15 +68,22 @@ class JsonTokenizer(Tokenizer):
     def _respelled(self, text: str, tokens: Iterator[tuple[int, tuple[int, int]]]) -> Iterator[int]:
         """The ids, with those that mean something else than their letters replaced by their letters' ids."""
         for i, (start, stop) in tokens:
-            if i == self._unknown_id and text[start:stop] != self._model.id_to_token(i):
-                if self.unknown:  # else a piece that has no token would end the text
-                    yield i
-            elif i == self._unknown_id or i in self._spelled:
-                if i not in self._letters:
-                    self._letters[i] = self._ids_of_letters(i)
-                yield from self._letters[i]
+            if i == self._unknown_id:
+                # May be several pieces in a row, and among them the unknown token's own letters.
+                for number, piece in enumerate(text[start:stop].split(self._model.id_to_token(i))):
+                    if number:
+                        yield from self._letters(i)
+                    if self.unknown and (piece or start == stop):  # else a piece without a token would end the text
+                        yield i
+            elif i in self._spelled:
+                yield from self._letters(i)
             else:
                 yield i
+
+    def _letters(self, token: int) -> list[int]:
+        if token not in self._ids_of:
+            self._ids_of[token] = self._ids_of_letters(token)
+        return self._ids_of[token]
 
     def _ids_of_letters(self, token: int) -> list[int]:
         """The ids of text that spells a token, without that token."""
@@ -84,9 +92,11 @@ class JsonTokenizer(Tokenizer):
         whole = [pieces for pieces in found if "".join(piece.value for piece in pieces) == name]
         if found:
             return [piece.id for piece in (whole or found)[0]]
+        if token != self.end_of_text:
+            return [token]
         if self.unknown:
             return [self._unknown_id]
-        raise Unencodable(f"the text spells {name!r}, which no other of its tokens do")
+        raise Unencodable(f"the text spells {name!r}, the end of a text, which no other of its tokens do")
 
     def _halves(self, name: str, cut: int) -> list | None:
         """The model's tokens of the two halves, unless one is of a kind that may not be."""
@@ -99,9 +109,9 @@ class JsonTokenizer(Tokenizer):
 
     def _left_out(self, text: str) -> int:
         """How many characters have no token: such a BPE passes over them."""
-        rare = set(text) - self._known
-        if not rare:
+        if self._knows_ascii and text.isascii():  # which costs nothing
             return 0
+        rare = set(text) - self._known
         unknown = {character for character in rare if not self._has_token(character)}
         self._known |= rare - unknown
         return sum(map(text.count, unknown))
@@ -109,7 +119,10 @@ class JsonTokenizer(Tokenizer):
     def _has_token(self, character: str) -> bool:
         if character.isspace():  # which many leave out between words
             return True
-        ids = self._tokenizer.encode(character, add_special_tokens=False).ids
+        try:
+            ids = self._tokenizer.encode(character, add_special_tokens=False).ids
+        except Exception:  # such a one leaves nothing out: text with it is refused
+            return False
         return bool(ids) and self.end_of_text not in ids
 
 

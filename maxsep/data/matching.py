@@ -14,10 +14,15 @@ def matching(pattern: str) -> list[str]:
         ConfigError: a folder that may hold some cannot be read.
     """
     pattern = os.path.expanduser(pattern)
-    for folder, mode in _folders(pattern):
-        if not os.access(os.path.realpath(folder), mode):
-            takes = "folders that this user may read"
-            raise ConfigError(f"data.path: got {pattern!r}, where the folder {folder!r} cannot be read; takes {takes}")
+    for folder, listed in _folders(pattern):
+        real = os.path.realpath(folder)
+        try:
+            os.stat(os.path.join(real, os.curdir))
+            if listed:
+                os.scandir(real).close()
+        except PermissionError:
+            got = f"got {pattern!r}, where the folder {folder!r} cannot be read"
+            raise ConfigError(f"data.path: {got}; takes folders that this user may read") from None
     found = {}
     # The shortest name of each: a link to a folder above it has ever longer ones.
     for path in sorted(glob.glob(pattern, recursive=True), key=lambda path: (len(path), path)):
@@ -36,12 +41,12 @@ def _identity(path: str) -> object:
     return (stat.st_dev, stat.st_ino) if stat.st_nlink > 1 else real
 
 
-def _folders(pattern: str) -> Iterator[tuple[str, int]]:
-    """The folders that `glob` looks into, and how; it passes over one that it may not read."""
+def _folders(pattern: str) -> Iterator[tuple[str, bool]]:
+    """The folders that `glob` looks into, and whether it lists them; it passes over those that it may not."""
     parts = pattern.split(os.sep)
     for number, part in enumerate(parts):
         above = os.sep.join(parts[: number + (part == "**")])
         place = above + os.sep if above or number else os.curdir
         for folder in glob.glob(place, recursive=True) if glob.has_magic(above) else [place]:
             if os.path.isdir(os.path.realpath(folder)):
-                yield folder, os.R_OK | os.X_OK if glob.has_magic(part) else os.X_OK
+                yield folder, glob.has_magic(part)

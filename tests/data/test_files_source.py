@@ -107,6 +107,44 @@ def test_slices_of_the_config(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "held_out",
+    [
+        "train[90%:100%]",
+        "train[0%:10%]",
+        "train[:10%]+train[90%:]",
+        "train[90%:]+train[:10%]",
+        "train[10%:20%] + train[15%:30%]",
+        "train[20%:30%]+train[30%:40%]",
+        "train[:99%]",
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_the_rest_of_any_slices_is_trained_on(tmp_path, held_out, kind):
+    lines = [f"{i:03}" for i in range(200)]
+    content = jsonl(lines) if kind == "jsonl" else "\n".join(lines).encode()
+    (tmp_path / f"a.{kind}").write_bytes(content)
+    sides = read(find(tmp_path, "a.*"), None, held_out)
+    found = [line for side in sides for text in side for line in text.split()]
+    assert sorted(found) == lines and all(sides)
+
+
+def test_nothing_is_left_of_all(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a", "b"]))
+    for held_out in ("train", "train[:]", "train[:40%]+train[30%:]"):
+        with pytest.raises(ConfigError, match=r"^data\.eval_split: got train.*, which leaves nothing to train on"):
+            find(tmp_path, "*.jsonl").check_splits(None, held_out)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_what_slices_share_is_read_once(tmp_path, kind):
+    lines = [f"{i:03}" for i in range(200)]
+    (tmp_path / f"a.{kind}").write_bytes(jsonl(lines) if kind == "jsonl" else "\n".join(lines).encode())
+    train, _ = read(find(tmp_path, "a.*"), "train[10%:40%]+train[:20%]", "train[90%:]")
+    found = [line for text in train for line in text.split()]
+    assert 78 <= len(found) == len(set(found)) <= 82
+
+
+@pytest.mark.parametrize(
     "train, held_out, field",
     [
         ("train", None, "data.split"),
@@ -131,6 +169,28 @@ def test_odd_lines_and_marks_are_no_text(tmp_path):
     assert sorted(train + held_out) == ["", "a", "half ? pair", "no newline"]
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfmarked\r\nat its start")
     assert "".join(read(find(tmp_path, "b.txt"), "train[:50%]", "train[50%:]")[0]).startswith("marked")
+
+
+@pytest.mark.parametrize("blank", [b"", b"\n", b"\r\n", b" \t\n\n"])
+def test_a_mark_and_blanks_are_no_line(tmp_path, blank):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + blank)
+    assert read(find(tmp_path, "a.jsonl")) == [[], []]
+    (tmp_path / "a.jsonl").write_bytes((b"\xef\xbb\xbf" + blank + jsonl(["x"])) * 2)  # as of two files in a row
+    assert sum(map(len, read(find(tmp_path, "a.jsonl")))) == 2
+
+
+def test_files_with_the_same_text_are_told(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["x", "y"]))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(["x", "y"])))
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.txt").write_bytes(b"")
+    log = []
+    find(tmp_path, "[ab].*").prepare(log.append)
+    assert len(log) == 1 and log[0].startswith("WARNING: data.path: ")
+    assert "b.jsonl.gz' has the same text as " in log[0] and "a.jsonl'" in log[0]
+    log.clear()
+    find(tmp_path, "a.*").prepare(log.append)
+    assert not log
 
 
 def test_the_hash_is_of_the_contents(tmp_path):
@@ -178,6 +238,10 @@ def test_a_damaged_compressed_file_is_named(tmp_path, ending, how):
         (b'["text"]', 'no string under the key "text"'),
         (b'{"text": "a"', "is not JSON"),
         (b'{"text": "\xff"}', "is not UTF-8"),
+        (b'{"text": "\xed\xa0\xbd\xed\xb8\x80"}', "is not UTF-8"),  # halves of a surrogate pair, each encoded
+        ('{"text": "a"}'.encode("utf-16"), "is not UTF-8"),
+        ('{"text": "a"}'.encode("utf-16-be"), "is not UTF-8"),
+        ('{"text": "a"}'.encode("utf-32-le"), "is not UTF-8"),
         (b"[" * 100_000, "is not JSON"),
     ],
 )
@@ -197,6 +261,20 @@ def test_what_is_no_text_file_is_refused(tmp_path, pattern):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=r"^data\.path: got .*takes a glob of .jsonl or .txt files"):
         find(tmp_path, pattern)
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(ConfigError, match=r"^data\.path: .*a\.jsonl' cannot be read \(No such file or directory\); "):
+        find(tmp_path, "*.jsonl")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a", "b"]))
+    source = find(tmp_path, "*.jsonl")
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"^data\.path: .*a\.jsonl' cannot be read"):
+        source.fingerprint(print)
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):

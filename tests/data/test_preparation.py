@@ -5,6 +5,8 @@ import fcntl
 import glob
 import json
 import os
+import random
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +15,8 @@ import threading
 import time
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from users import NOBODY, held_to_permissions, nobody, small_disk
 
 from maxsep import prepare
 from maxsep.config import Config, ConfigError, DataConfig, ModelConfig, cli
@@ -238,6 +242,164 @@ def test_a_mistake_is_one_line_and_leaves_nothing(files, tmp_path, data, field):
         ensure(files, tmp_path / "cache", **data)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("cache/records/*.partial"))
+
+
+def word_level(folder, *words, unknown=True):
+    """The path of a tokenizer that knows these words."""
+    names = ["</s>", *words, *["<unk>"] * unknown]
+    made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_text_that_cannot_be_encoded_is_named(files, tmp_path, capsys, workers):
+    made = word_level(tmp_path, "text", *map(str, range(150)), unknown=False)
+    flags = f"--workers={workers}", f"--config.data.tokenizer={made}", "--config.model.vocab_size=512"
+    assert run(files, tmp_path / "cache", *flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"error: data\.tokenizer: {made} cannot encode {files}:1[5-9]\d \(WordLevel error: .*UNK", error)
+    assert not list(tmp_path.glob("cache/records/*.partial"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_has_no_token_is_told_once(files, tmp_path, small_units, capsys, workers):
+    words = sum(len(text.split()) for text in TEXTS)
+    unknown = sum(word == "199" for text in TEXTS for word in text.split())
+    made = word_level(tmp_path, "text", *map(str, range(199)))
+    flags = f"--workers={workers}", f"--config.data.tokenizer={made}", "--config.model.vocab_size=512"
+    told = f"WARNING: data.tokenizer: {made}: {unknown} pieces of the text ({unknown / words:.2%}) have no token in it"
+    for first in (True, False):
+        assert run(files, tmp_path / "cache", *flags) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+        assert lines == [f"{told} and become <unk>"] * first
+
+
+def test_a_tokenizer_of_other_text_is_refused(files, tmp_path):
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer: got .* pieces of the text \(99\.\d+%\) have no token"):
+        ensure(files, tmp_path / "cache", tokenizer=str(word_level(tmp_path, "17")))
+    assert not list(tmp_path.glob("cache/records/*.partial"))
+
+
+def test_a_limit_scales_what_has_no_token(files, tmp_path):
+    """Else a large part, of which little is taken, would have more that is unknown than tokens."""
+    log = []
+    made = word_level(tmp_path, "text", *map(str, range(0, 200, 2)))
+    ensure(files, tmp_path / "cache", log, tokenizer=str(made), max_tokens=100, eval_max_tokens=20)
+    (line,) = [line for line in log if "WARNING" in line]
+    assert 20 < int(re.search(r"(\d+) pieces", line)[1]) < 40
+
+
+def test_the_same_text_elsewhere_is_named_as_configured(files, tmp_path):
+    ensure(files, tmp_path / "cache")
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(files.read_bytes())
+    log = []
+    assert str(moved) in ensure(moved, tmp_path / "cache", log).description and not log
+
+
+def dies(part):
+    """As a worker that the system kills where memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield "", True, ""
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    with pytest.raises(cli.Exit, match=r"^--workers: got 2, but one of them was killed, .*takes fewer") as error:
+        packing.pack(tmp_path, "train", dies, ["a", "b"], "bytes", 16, None, 2, print)
+    assert error.value.status == cli.USER_ERROR
+
+
+def test_a_writer_that_fails_leaves_what_is_finished(files, tmp_path, small_units, monkeypatch):
+    """As array_record does where the disk is full."""
+    from array_record.python import array_record_module
+
+    whole = ensure(files, tmp_path / "other")
+
+    class Full:
+        def __init__(self, path, options):
+            open(path, "w").close()
+
+        def write(self, record):
+            raise RuntimeError("write() failed:\nNo space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(array_record_module, "ArrayRecordWriter", Full)
+        with pytest.raises(ConfigError, match=r"^data\.cache: cannot write below .*No space left on device\)$"):
+            ensure(files, tmp_path / "cache")
+    (partial,) = tmp_path.glob("cache/records/*.partial")
+    assert list(partial.glob("*.tokens")) and not list(partial.glob("*.partial"))
+    assert ensure(files, tmp_path / "cache").fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize("ballast", [700, 780, 796])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line(files, tmp_path, capsys, ballast, workers):
+    """At the records, at the tokens, at all."""
+    files.write_text("".join(json.dumps({"text": random.Random(i).randbytes(200).hex()}) + "\n" for i in range(200)))
+    whole = ensure(files, tmp_path / "other")
+    cache = tmp_path / "cache"
+    with small_disk(cache, "800k"):
+        (cache / "ballast").write_bytes(bytes(ballast << 10))
+        assert run(files, cache, f"--workers={workers}") == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: data.cache: cannot write below {cache}") and "No space left" in error
+        (cache / "ballast").unlink()
+        assert ensure(files, cache).fingerprint == whole.fingerprint
+
+
+def test_a_default_corpus_that_cannot_be_built_leaves_nothing(tmp_path, monkeypatch):
+    from maxsep.data import docstrings_builder
+
+    def build(folder, log):
+        (folder / "docstrings" / "incomplete.1.0.0").mkdir(parents=True)
+        raise RuntimeError("Failed to finalize:\nNo space left on device")
+
+    monkeypatch.setattr(docstrings_builder, "build", build)
+    with pytest.raises(ConfigError, match=r"^data\.cache: cannot write below .*No space left on device\)$"):
+        preparation.ensure(Config(data=DataConfig(cache=str(tmp_path))), lambda line: None)
+    assert not list(tmp_path.glob("docstrings/*/"))
+
+
+def prepared_by(user, files, cache, *flags):
+    """Status and output of the command, as that user without a home."""
+    data = {"source": "files", "path": files, "sequence_length": 16, "tokenizer": "bytes"} | cache
+    flags = [*(f"--config.data.{name}={value}" for name, value in data.items()), *flags]
+    command = [*user, sys.executable, "-m", "maxsep.prepare", "--workers=1", *flags]
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=files.parent)
+    return done.returncode, done.stderr.splitlines()[-1]
+
+
+def test_a_user_without_a_home(files, tmp_path):
+    user = nobody()
+    (tmp_path / "mine").mkdir()
+    os.chown(tmp_path / "mine", NOBODY, NOBODY)
+    status, line = prepared_by(user, files, {"cache": tmp_path / "mine" / "cache"})
+    assert status == 0 and "prepared in" in line
+    status, line = prepared_by(user, files, {})
+    assert (status, line) == (2, "error: data.cache: got None; takes a folder to write to, as this user has no home")
+
+
+def test_a_cache_that_may_only_be_read(files, tmp_path):
+    cache = tmp_path / "cache"
+    user = held_to_permissions()
+    ensure(files, cache)
+    folders = [cache, *(path for path in cache.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o500)
+    try:
+        status, line = prepared_by(user, files, {"cache": cache})
+        assert status == 0 and "prepared in" in line
+        files.rename(tmp_path / "moved.jsonl")  # whose hash is not known, and cannot be kept
+        status, line = prepared_by(user, tmp_path / "moved.jsonl", {"cache": cache})
+        assert status == 0 and "moved.jsonl: prepared in" in line
+        status, line = prepared_by(user, tmp_path / "moved.jsonl", {"cache": cache}, "--config.data.max_tokens=99")
+        assert (status, line) == (2, f"error: data.cache: cannot write below {cache} (Permission denied)")
+    finally:
+        for folder in folders:
+            folder.chmod(0o700)
 
 
 @pytest.mark.parametrize(

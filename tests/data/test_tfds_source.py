@@ -87,6 +87,31 @@ def test_slices_are_those_of_tfds(data_dir):
     assert len(train) == 20 and len(held_out) == 5
 
 
+@pytest.mark.parametrize(
+    "held_out",
+    [
+        "train[90%:]",
+        "train[90%:100%]",
+        "train[:10%]+train[90%:]",
+        "train[5%:7%]+train[6%:8%]",
+        "train[-30:]",
+        "train[7:11]",
+        "train[99.5%:]",
+        "train[1shard]",
+        "train[:5%]+validation",
+    ],
+)
+def test_the_rest_of_any_slices_is_trained_on(data_dir, held_out):
+    train, eval_ = read(find(str(data_dir), "c4/en"), None, held_out)
+    assert sorted(train + eval_) == sorted(TEXTS["train"] + TEXTS["validation"] * ("validation" in held_out))
+
+
+@pytest.mark.parametrize("held_out", ["train", "train[:60%]+train[50%:]", "train+validation"])
+def test_nothing_is_left_of_all(data_dir, held_out):
+    with pytest.raises(ConfigError, match=r"^data\.eval_split: got train.*, which leaves nothing to train on"):
+        find(str(data_dir), "c4/en").check_splits(None, held_out)
+
+
 def test_both_formats_give_the_same_texts(array_record, tfrecord):
     assert read(find(str(array_record), "c4/en")) == read(find(str(tfrecord), "c4/en"))
 

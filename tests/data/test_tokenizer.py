@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -7,6 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from maxsep.config import ConfigError
 from maxsep.data import gpt2_tokenizer, tokenizer
+from maxsep.data.coding import Unencodable
+
+load = functools.cache(tokenizer.load)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +46,42 @@ def test_a_cut_is_the_first_ids_of_the_whole():
 @given(text=st.text())
 @pytest.mark.parametrize("name", ["gpt2", "gpt2:257", "gpt2:8192", "bytes"])
 def test_text_comes_back(name, text):
-    coder = tokenizer.load(name)
+    coder = load(name)
     ids = coder.encode(text)
     assert coder.decode(ids) == text
     assert all(0 <= i < coder.vocab_size - 1 for i in ids)
+
+
+BLANKS = st.lists(st.text(" \t\n\x1c\x85\xa0\u2003", max_size=9) | st.text("a1.'", max_size=3)).map("".join)
+
+
+@settings(deadline=None)
+@given(text=BLANKS, length=st.integers(1, 4))
+def test_long_rows_of_blanks_are_encoded_as_short_ones(text, length):
+    coder = load("gpt2")
+    pieces = list(gpt2_tokenizer._at_long_blanks(text, length))
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in coder.encode(piece)] == coder.encode(text)
+    if len(pieces) > 1 and any(len(piece) >= 2 * length for piece in pieces[1::2]):
+        assert gpt2_tokenizer._has_long_blanks(text, length)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u2003", " \n"])
+def test_more_blanks_than_the_library_remembers(blank):
+    coder = load("gpt2")
+    row = blank * (1_200_000 // len(blank))
+    ids = coder.encode(f"a{row}word")
+    alike = ids == coder.encode("a") + coder.encode(row[:-1]) + coder.encode(f"{row[-1]}word")
+    assert alike  # and no comparison of a million ids
+
+
+def test_a_panic_is_an_error_like_others(monkeypatch, capfd):
+    coder = load("gpt2")
+    monkeypatch.setattr(gpt2_tokenizer, "_has_long_blanks", lambda *_: False)
+    with pytest.raises(Unencodable, match="StackOverflow") as error:
+        coder.encode(" " * 1_200_000 + "word")
+    assert "\n" not in str(error.value) and isinstance(error.value, Exception)
+    assert "panicked" in capfd.readouterr().err, "else this is no test of a panic"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2:8192", "bytes", "json"])
