@@ -37,6 +37,14 @@ class Tokenizer(abc.ABC):
         except BaseException as error:  # these libraries raise all kinds, and a panic is no Exception
             raise Unencodable(" ".join(str(error).split()) or type(error).__name__) from None
 
+    def lacks(self, pieces: int, text: str) -> str:
+        """In words, that so many pieces of the text have no token."""
+        what, are, has, become = (
+            ("piece", "is", "has", "becomes") if pieces == 1 else ("pieces", "are", "have", "become")
+        )
+        fate = f"{become} {self.unknown}" if self.unknown else f"{are} left out"
+        return f"{pieces:,} {what} of {text} {has} no token and {fate}"
+
     @abc.abstractmethod
     def _encode(self, text: str) -> tuple[list[int], int]: ...
 

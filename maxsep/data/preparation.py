@@ -172,12 +172,11 @@ class Preparation:
 
     def check_known(self, splits: dict) -> None:
         """Tells how much of the packed splits' text has no token; refuses a tokenizer that was made for other text."""
-        name, became = self.config.data.tokenizer, self.tokenizer.unknown
+        name = self.config.data.tokenizer
         unknown = sum(split.pop("unknown") for split in splits.values())
         tokens = sum(split["tokens"] - split["documents"] for split in splits.values())
-        share = unknown / max(1, tokens if became else tokens + unknown)
-        fate = f"become {became}" if became else "are left out"
-        what = f"{unknown:,} pieces of the text ({share:.2%}) have no token in it and {fate}"
+        share = unknown / max(1, tokens if self.tokenizer.unknown else tokens + unknown)
+        what = self.tokenizer.lacks(unknown, f"the text ({share:.2%})")
         if share > MOST_UNKNOWN:
             raise ConfigError(f"data.tokenizer: got {name!r}; {what}; takes one that was made for such text")
         if unknown:

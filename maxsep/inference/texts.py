@@ -86,8 +86,7 @@ def _encoded(where: str, text: str, tokenizer) -> list[int]:
     if unknown and not ids:
         raise ConfigError(f"{where}: got {_short(text)}, of which the run's tokenizer knows nothing; takes other text")
     if unknown:
-        fate = f"become {tokenizer.unknown}" if tokenizer.unknown else "are left out"
-        print(f"WARNING: {where}: {unknown} pieces of {_short(text)} have no token and {fate}", file=sys.stderr)
+        print(f"WARNING: {where}: {tokenizer.lacks(unknown, _short(text))}", file=sys.stderr, flush=True)
     return ids
 
 

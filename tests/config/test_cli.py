@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -214,6 +215,22 @@ def test_overrides():
     assert (config.optimizer.decay_steps, config.model.layers, config.data.path) == (500, 6, "12")
     assert config.train.deterministic
     assert not config.data.cross_document_attention
+
+
+@pytest.mark.parametrize("other", ["__init__.py", "base.py"])
+def test_configs_are_this_projects_own_and_what_lies_beside_the_file(other, tmp_path):
+    """Not a package of that name in the current folder, which `python -m` looks into first."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / other).write_text("raise ImportError('of another project')\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "beside.py").write_text("LENGTH = -1\n")
+    lines = ["config = tiny.get_config()", "config.data.sequence_length = beside.LENGTH", "return config"]
+    view = "from configs import beside, tiny\n\ndef get_config():\n    " + "\n    ".join(lines) + "\n"
+    (tmp_path / "mine" / "config.py").write_text(view)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "maxsep.prepare", "--config=mine/config.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: data.sequence_length: got -1; "), done.stderr
 
 
 @pytest.mark.parametrize("path", ["model.capacity_factor", "model.capacity_group", "data.path", "train.init_from"])

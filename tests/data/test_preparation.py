@@ -269,7 +269,7 @@ def test_what_has_no_token_is_told_once(files, tmp_path, small_units, capsys, wo
     unknown = sum(word == "199" for text in TEXTS for word in text.split())
     made = word_level(tmp_path, "text", *map(str, range(199)))
     flags = f"--workers={workers}", f"--config.data.tokenizer={made}", "--config.model.vocab_size=512"
-    told = f"WARNING: data.tokenizer: {made}: {unknown} pieces of the text ({unknown / words:.2%}) have no token in it"
+    told = f"WARNING: data.tokenizer: {made}: {unknown} pieces of the text ({unknown / words:.2%}) have no token"
     for first in (True, False):
         assert run(files, tmp_path / "cache", *flags) == 0
         lines = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]

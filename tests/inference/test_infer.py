@@ -11,9 +11,12 @@ import pytest
 from runs import snapshot
 
 import infer
-from maxsep.config import cli
+from maxsep.config import ConfigError, cli
 from maxsep.config.stored import read_config
 from maxsep.data import preparation
+from maxsep.data.coding import Unencodable
+from maxsep.data.tokenizer import ByteTokenizer
+from maxsep.inference import texts
 from maxsep.output import workdir
 
 OF_RUN = cli.OfRun(workdir.newest, workdir.INFERENCE_TAKES)
@@ -117,6 +120,32 @@ def test_scores_of_a_run_with_a_capacity_are_its_evaluation_without(call, workdi
     assert complete(f"--workdir={workdir}", f"--score={texts}", f"--json={file}")[0] == cli.DONE
     logprobs = [p for row in lines(file) for p in row["logprobs"][1:]]
     assert -math.fsum(logprobs) / len(logprobs) == pytest.approx(without, abs=6e-5)
+
+
+class Letters(ByteTokenizer):
+    """Knows ASCII, and leaves out what else there is; refuses a tilde."""
+
+    def _encode(self, text):
+        if "~" in text:
+            raise Unencodable("no tilde")
+        return [ord(c) for c in text if c.isascii()], sum(not c.isascii() for c in text)
+
+
+def test_what_a_tokenizer_lacks_is_told(tmp_path, capsys):
+    coder, file = Letters(), tmp_path / "texts.jsonl"
+    file.write_text('{"text": "plain"}\n{"text": "aé漢b"}\n')
+    assert [p.ids for p in texts.prompts(["plain", "aé"], None, coder, 32)] == [list(b"plain"), [97]]
+    assert capsys.readouterr().err == "WARNING: --prompt: prompt 2 of 2: 1 piece of 'aé' has no token and is left out\n"
+    assert texts.to_score(str(file), coder, 32) == [list(b"plain"), [97, 98]]
+    told = f"WARNING: --score: {file}:2: 2 pieces of 'aé漢b' have no token and are left out\n"
+    assert capsys.readouterr().err == told
+    with pytest.raises(ConfigError, match=r"^--prompt: got 'é', of which the run's tokenizer knows nothing"):
+        texts.prompts(["é"], None, coder, 32)
+    with pytest.raises(ConfigError, match=r"^--prompt: got 'a~', which the run's tokenizer cannot encode \(no tilde\)"):
+        texts.prompts(["a~"], None, coder, 32)
+    file.write_text('{"text": "a~"}\n')
+    with pytest.raises(ConfigError, match=r"^--score: .*texts\.jsonl:1: got 'a~', which the run's tokenizer cannot"):
+        texts.to_score(str(file), coder, 32)
 
 
 BAD = {

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import string
 from pathlib import Path
 
 import kill
 import numpy as np
 import pytest
 from runs import SMALL, checkpoints, snapshot, steps
+from tokenizers import Tokenizer, models
 
 import train
 from maxsep.config import cli
@@ -116,6 +118,25 @@ def test_another_corpus_is_refused(call, finished, tmp_path):
     assert status == cli.USER_ERROR and re.fullmatch(r"error: data.source: got another corpus than .*\n", err)
     assert snapshot(finished) == before
     assert call(finished, data__path=kill.text(same))[0] == cli.DONE
+
+
+def test_a_tokenizer_may_move_but_not_change(call, workdir, tmp_path):
+    first, moved, other = (tmp_path / name / "tokenizer.json" for name in ("first", "moved", "other"))
+    characters = ["</s>", *string.printable]
+    for path, ordered in ((first, characters), (moved, characters), (other, characters[::-1])):
+        path.parent.mkdir()
+        Tokenizer(models.BPE({token: i for i, token in enumerate(ordered)}, [])).save(str(path))
+    assert call(workdir, data__tokenizer=first)[0] == cli.DONE
+    before = snapshot(workdir)
+    for arguments in ([], ["--mode=eval"]):
+        status, _, err = call(workdir, *arguments, data__tokenizer=other, train__steps=6)
+        refused = (
+            f"error: data.tokenizer: got '{other}'; the run in {workdir} has '{first}', whose ids may not change\n"
+        )
+        assert (status, err) == (cli.USER_ERROR, refused)
+        assert snapshot(workdir) == before
+    status, out, err = call(workdir, data__tokenizer=moved, train__steps=6)
+    assert status == cli.DONE and "going on from step 4" in out, err
 
 
 @pytest.mark.parametrize(("attention", "expert"), [(1, 1), (2, 2)])
