@@ -55,7 +55,9 @@ def main(args: cli.Args, argv: list[str]) -> None:
         if (one.folder / "config.json").exists():
             workdir.check_resume(one.folder, one.config, may_change=trial.MAY_CHANGE)
         workdir.check_start(one.folder, one.config, training=True)
-    preparation.check(args.config)
+    tokenizer = preparation.check(args.config)
+    for one in trials:
+        workdir.check_tokenizer(one.folder, one.config, tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "train.watchdog_seconds",
     "data.path",
     "data.cache",
+    "data.tokenizer",
 )
 OF_THE_RUNS = ("layout", "mesh.stage", "mesh.attention", "mesh.expert")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from maxsep.config import ConfigError
-from maxsep.data.coding import Tokenizer, digest
+from maxsep.data.base_tokenizer import Tokenizer, digest
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from maxsep.config import ConfigError, paths
-from maxsep.data.coding import Tokenizer, Unencodable, digest
+from maxsep.data.base_tokenizer import Tokenizer, Unencodable, digest
 from maxsep.data.gpt2_tokenizer import END_OF_TEXT
 
 # What tokenizer.json files call the end of a text, the commonest first, for those without a tokenizer_config.json.

@@ -20,7 +20,7 @@ import numpy as np
 
 from maxsep.config import ConfigError, cli
 from maxsep.data import tokenizer
-from maxsep.data.coding import Unencodable
+from maxsep.data.base_tokenizer import Unencodable
 from maxsep.data.records import SHARD_TOKENS, check_shard, id_dtype, write_shard
 from maxsep.output.durable import write_json
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from maxsep.config import Config, ConfigError
 from maxsep.config.validate import tokenizer_ids
-from maxsep.data.coding import Tokenizer, digest
+from maxsep.data.base_tokenizer import Tokenizer, digest
 from maxsep.data.gpt2_tokenizer import END_OF_TEXT, Gpt2Tokenizer
 from maxsep.data.json_tokenizer import JsonTokenizer
 

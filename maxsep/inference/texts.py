@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maxsep.config import ConfigError, paths
-from maxsep.data.coding import Unencodable
+from maxsep.data.base_tokenizer import Unencodable
 
 
 class Prompt(NamedTuple):

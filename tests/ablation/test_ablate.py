@@ -62,9 +62,13 @@ def test_a_fault_is_told_and_what_has_finished_is_kept(data, tmp_path, capsys, m
     assert ablate.run(argv) == cli.DONE
     assert "2/2 tp:2x1: has finished" in capsys.readouterr()[0]
     assert read(folder) == found
-    assert ablate.run([*argv, "--config.model.remat=full"]) == cli.USER_ERROR, "its figures would be those of another"
-    told = f"error: model.remat: got 'full'; the run in {folder / 'ma-1x2'} has 'none', which may not change\n"
-    assert capsys.readouterr()[1] == told
+    first = f"the run in {folder / 'ma-1x2'} has"
+    for field, other, told in (
+        ("model.remat", "full", f"got 'full'; {first} 'none', which may not change"),
+        ("data.tokenizer", "gpt2:257", f"got 'gpt2:257'; {first} 'bytes', whose ids may not change"),
+    ):
+        assert ablate.run([*argv, f"--config.{field}={other}"]) == cli.USER_ERROR, "its figures would be another's"
+        assert capsys.readouterr()[1] == f"error: {field}: {told}\n"
 
 
 @pytest.mark.slow

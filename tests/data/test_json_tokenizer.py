@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from maxsep.data import tokenizer
-from maxsep.data.coding import Unencodable
+from maxsep.data.base_tokenizer import Unencodable
 from maxsep.data.json_tokenizer import JsonTokenizer
 
 LETTERS = [*string.ascii_lowercase, *"<>/|[]"]

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from maxsep.config import ConfigError
 from maxsep.data import gpt2_tokenizer, tokenizer
-from maxsep.data.coding import Unencodable
+from maxsep.data.base_tokenizer import Unencodable
 
 load = functools.cache(tokenizer.load)
 

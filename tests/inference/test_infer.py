@@ -14,7 +14,7 @@ import infer
 from maxsep.config import ConfigError, cli
 from maxsep.config.stored import read_config
 from maxsep.data import preparation
-from maxsep.data.coding import Unencodable
+from maxsep.data.base_tokenizer import Unencodable
 from maxsep.data.tokenizer import ByteTokenizer
 from maxsep.inference import texts
 from maxsep.output import workdir

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pwd
 
 import jax
 import pytest
@@ -89,6 +90,18 @@ def test_a_cache_that_cannot_be_written_is_a_warning(cache_folder, capsys):
     start.start(on_mesh(1, 1), fit_mesh=False)
     error = capsys.readouterr().err
     assert error == f"warning: no compilation cache in {cache_folder}/maxsep/xla: Not a directory\n"
+
+
+def test_a_user_without_a_home_has_no_cache(cache_folder, capsys, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+
+    def none(_):
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", none)
+    start.start(on_mesh(1, 1), fit_mesh=False)
+    assert capsys.readouterr().err == "warning: no compilation cache: this user has no home\n"
 
 
 def test_a_cache_that_the_user_names_stays(monkeypatch, cache_folder):
