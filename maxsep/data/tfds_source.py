@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maxsep.config import ConfigError, paths
-from maxsep.data import cache, docstrings, intervals
+from maxsep.data import cache, docstrings, files, intervals
 
 DOCUMENTS = 4096  # a part, of array_record
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -48,6 +48,7 @@ class TfdsSource:
         for path in sorted(self.folder.iterdir()):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             if path.suffix == ".json":
+                files.check(str(path))
                 digest.update(path.read_bytes())
         return digest.hexdigest()
 
@@ -195,7 +196,7 @@ def find(path: str, name: str | None) -> TfdsSource:
             raise ConfigError(f"data.path: got {path!r}; takes {takes}")
         return TfdsSource(folder.absolute())
     dataset, _, version = name.partition(":")
-    found = {info.parent.name: info.parent for info in (folder / dataset).glob("*/dataset_info.json")}
+    found = {info.parent.name: info.parent for info in _infos(folder / dataset)}
     versions = sorted(filter(_VERSION.fullmatch, found), key=lambda v: [int(n) for n in v.split(".")])
     if not versions or version not in ("", *versions):
         infos = [info for depth in ("*/*", "*/*/*") for info in folder.glob(f"{depth}/dataset_info.json")]
@@ -203,6 +204,15 @@ def find(path: str, name: str | None) -> TfdsSource:
         takes = f"a dataset prepared in {path}: {', '.join(there) or 'there is none'}"
         raise ConfigError(f"data.name: got {name!r}; takes {takes}")
     return TfdsSource(found[version or versions[-1]].absolute())
+
+
+def _infos(folder: Path) -> Iterator[Path]:
+    """The descriptions of a dataset's prepared versions. `glob` would pass over those that this user may not read."""
+    if paths.named("data.path", str(folder)).is_dir():
+        for version in folder.iterdir():
+            info = paths.named("data.path", str(version)) / "dataset_info.json"
+            if info.exists():
+                yield info
 
 
 @functools.cache

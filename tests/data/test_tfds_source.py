@@ -1,14 +1,19 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from users import held_to_permissions
 
 from maxsep.config import ConfigError
+from maxsep.config.paths import REPOSITORY
 from maxsep.data import tfds_source
 from maxsep.data.tfds_source import find
 
@@ -184,6 +189,24 @@ def test_a_damaged_shard_is_named(data_dir, tmp_path, how):
     with pytest.raises(ConfigError, match=r"^data\.path: .*" + path.name) as error:
         read(find(str(version), None))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["c4/en", "c4/en/1.2.0", "c4/en/1.2.0/dataset_info.json", "c4/en/1.2.0/*train*0-of*"])
+def test_what_may_not_be_read_is_named(array_record, tmp_path, what):
+    shutil.copytree(array_record / "c4", tmp_path / "c4")
+    (path,) = tmp_path.glob(what)
+    path.chmod(0)
+    code = (
+        "from maxsep.data.tfds_source import find\n"
+        f"source = find({str(tmp_path)!r}, 'c4/en')\nsource.fingerprint(print)\n"
+        "for part in source.splits(None, None)[0]: list(source.read(part))"
+    )
+    command = [*held_to_permissions(), sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    error = subprocess.run(command, env=environment, capture_output=True, text=True).stderr.splitlines()[-1]
+    path.chmod(0o700)
+    assert error.startswith("maxsep.config.schema.ConfigError: data.path: ")
+    assert str(path) in error and "Permission denied" in error
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
