@@ -83,7 +83,7 @@ def _encoded(where: str, text: str, tokenizer) -> list[int]:
         ids, unknown = tokenizer.encode_and_count(text)
     except Unencodable as error:
         raise ConfigError(f"{where}: got {_short(text)}, which the run's tokenizer cannot encode ({error})") from None
-    if unknown and not ids:
+    if text and not ids:
         raise ConfigError(f"{where}: got {_short(text)}, of which the run's tokenizer knows nothing; takes other text")
     if unknown:
         print(f"WARNING: {where}: {tokenizer.lacks(unknown, _short(text))}", file=sys.stderr, flush=True)
