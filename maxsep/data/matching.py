@@ -1,5 +1,10 @@
-"""The files that a glob means: each once, and none left out without a word."""
+"""The files that a glob means: each once, and none left out without a word.
 
+The standard library's `glob` passes over folders that it may not read, and follows links round in circles.
+"""
+
+import errno
+import fnmatch
 import functools
 import glob
 import os
@@ -10,27 +15,93 @@ from maxsep.config import ConfigError
 
 
 def matching(pattern: str) -> list[str]:
-    """The files, in the order of their names. A file that goes by several names or links is there once.
+    """The paths that match, in the order of their names. A file that goes by several names or links is there once.
 
     Raises:
         ConfigError: a folder that may hold some cannot be read.
     """
-    pattern = os.path.expanduser(pattern)
-    for folder, listed in _folders(pattern):
-        real = os.path.realpath(folder)
-        try:
-            os.stat(os.path.join(real, os.curdir))
-            if listed:
-                os.scandir(real).close()
-        except PermissionError:
-            got = f"got {pattern!r}, where the folder {folder!r} cannot be read"
-            raise ConfigError(f"data.path: {got}; takes folders that this user may read") from None
-    found = {}
+    parts = os.path.expanduser(pattern).split(os.sep)
+    parts = [part for i, part in enumerate(parts) if part and parts[i : i + 2] != ["**", "**"]]
     _real.cache_clear()
-    # The shortest name of each: a link to a folder above it has ever longer ones.
-    for path in sorted(glob.glob(pattern, recursive=True), key=lambda path: (len(path), path)):
+    found = {}
+    try:
+        matches = list(_matches(os.sep if os.path.isabs(os.path.expanduser(pattern)) else "", parts))
+    except PermissionError as error:
+        got = f"got {pattern!r}, where the folder {error.filename!r} cannot be read"
+        raise ConfigError(f"data.path: {got}; takes folders that this user may read") from None
+    for path in sorted(matches, key=lambda path: (len(path), path)):  # of several names the shortest
         found.setdefault(_identity(path), path)
     return sorted(found.values())
+
+
+def _matches(folder: str, parts: list[str]) -> Iterator[str]:
+    """The paths below a folder ("" is the current one) that the parts of a glob match.
+
+    Raises:
+        PermissionError: with the name of a folder that cannot be read.
+    """
+    if not parts:
+        yield folder
+        return
+    part, *rest = parts
+    if part == "**":
+        for below in _tree(folder):
+            yield from _matches(below, rest or ["*"])
+    elif glob.has_magic(part):
+        entries = {entry.name: entry for entry in _entries(folder)}
+        for name in fnmatch.filter(entries, part):
+            hidden = name.startswith(".") and not part.startswith(".")
+            if not hidden and (not rest or _is_folder(entries[name])):
+                yield from _matches(os.path.join(folder, name), rest)
+    elif _holds(folder, part):
+        yield from _matches(os.path.join(folder, part), rest)
+
+
+def _tree(folder: str) -> Iterator[str]:
+    """The folder and all below it but hidden ones, each once: links may lead anywhere."""
+    seen, folders, links = set(), [folder], []
+    while folders or links:
+        here = (folders or links).pop()
+        if _real(here) in seen:
+            continue
+        seen.add(_real(here))
+        yield here
+        for entry in _entries(here):
+            if not entry.name.startswith(".") and _is_folder(entry):
+                (links if entry.is_symlink() else folders).append(os.path.join(here, entry.name))
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            return list(entries)
+    except PermissionError:
+        raise _closed(folder) from None
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _holds(folder: str, name: str) -> bool:
+    try:
+        os.lstat(os.path.join(folder, name))
+    except PermissionError:
+        raise _closed(folder) from None
+    except OSError:
+        return False
+    return True
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except PermissionError:
+        raise _closed(entry.path) from None
+    except OSError:  # a link to itself
+        return False
+
+
+def _closed(folder: str) -> PermissionError:
+    return PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder or os.curdir)
 
 
 def _identity(path: str) -> object:
@@ -42,21 +113,12 @@ def _identity(path: str) -> object:
             stat = os.stat(real)
         else:
             real = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
-    except OSError:  # too many links on the way, or one to nothing
+    except OSError:  # a link to nothing
         return os.path.realpath(path)
     # Not every file system tells files apart by their number: where a file has one name, that says more.
     return (stat.st_dev, stat.st_ino) if stat.st_nlink > 1 else real
 
 
-_real = functools.lru_cache(os.path.realpath)  # of a folder, for all files in it
-
-
-def _folders(pattern: str) -> Iterator[tuple[str, bool]]:
-    """The folders that `glob` looks into, and whether it lists them; it passes over those that it may not."""
-    parts = pattern.split(os.sep)
-    for number, part in enumerate(parts):
-        above = os.sep.join(parts[: number + (part == "**")])
-        place = above + os.sep if above or number else os.curdir
-        for folder in glob.glob(place, recursive=True) if glob.has_magic(above) else [place]:
-            if os.path.isdir(os.path.realpath(folder)):
-                yield folder, glob.has_magic(part)
+@functools.cache
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
