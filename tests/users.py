@@ -43,4 +43,4 @@ def small_disk(folder, size: str):
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # readers may still be open

@@ -215,18 +215,19 @@ def _lines(part: Part, pieces: Iterator[bytes]) -> Iterator[tuple[str, bool, str
             where = place(part.number, number)
             if not any(a <= where < b for a, b in part.slices):
                 continue
+            content = line.removeprefix(codecs.BOM_UTF8).strip()
+            if not content:
+                continue
             at = f"{part.path}:{number + 1}"
             try:
-                # Not by json: from bytes it takes halves of surrogate pairs, UTF-16 and more.
-                content = line.removeprefix(codecs.BOM_UTF8).strip().decode()
-                document = json.loads(content) if content else None
+                document = json.loads(
+                    content.decode()
+                )  # from bytes it takes halves of surrogate pairs, UTF-16 and more
             except UnicodeDecodeError:
                 raise ConfigError(f"data.path: {at} is not UTF-8") from None
             except (ValueError, RecursionError) as error:
-                what = "UTF-8" if "\0" in content else f"JSON: {error}"  # English as UTF-16 is every other byte 0
+                what = "UTF-8" if b"\0" in content else f"JSON: {error}"  # English as UTF-16 is every other byte 0
                 raise ConfigError(f"data.path: {at} is not {what}") from None
-            if not content:
-                continue
             text = document.get("text") if isinstance(document, dict) else None
             if not isinstance(text, str):
                 raise ConfigError(f'data.path: {at} has no string under the key "text"')

@@ -7,6 +7,7 @@ import errno
 import fnmatch
 import functools
 import glob
+import itertools
 import os
 from collections.abc import Iterator
 from stat import S_ISLNK
@@ -20,12 +21,13 @@ def matching(pattern: str) -> list[str]:
     Raises:
         ConfigError: a folder that may hold some cannot be read.
     """
-    parts = os.path.expanduser(pattern).split(os.sep)
-    parts = [part for i, part in enumerate(parts) if part and parts[i : i + 2] != ["**", "**"]]
-    _real.cache_clear()
+    path = os.path.expanduser(pattern)
+    parts = [part for part in path.split(os.sep) if part]
+    parts = [part for part, following in itertools.zip_longest(parts, parts[1:]) if (part, following) != ("**", "**")]
+    _real.cache_clear()  # a link may lead elsewhere by now
     found = {}
     try:
-        matches = list(_matches(os.sep if os.path.isabs(os.path.expanduser(pattern)) else "", parts))
+        matches = list(_matches(os.sep if os.path.isabs(path) else "", parts))
     except PermissionError as error:
         got = f"got {pattern!r}, where the folder {error.filename!r} cannot be read"
         raise ConfigError(f"data.path: {got}; takes folders that this user may read") from None

@@ -1,0 +1,26 @@
+"""Small corpora: their text, their config, and preparing them, as a run does or by the command."""
+
+import os
+
+from maxsep import prepare
+from maxsep.config import Config, DataConfig, ModelConfig, cli
+from maxsep.data import preparation
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(cli.REPOSITORY)}  # also where the package is not installed
+TEXTS = [f"text {i} " * (i % 9 + 1) for i in range(200)]
+
+
+def config(text, folder, **data):
+    defaults = {"source": "files", "path": str(text), "sequence_length": 16, "tokenizer": "bytes"}
+    return Config(data=DataConfig(**defaults | {"cache": str(folder)} | data), model=ModelConfig(vocab_size=50304))
+
+
+def ensure(text, folder, log=None, **data):
+    return preparation.ensure(config(text, folder, **data), (log if log is not None else []).append)
+
+
+def run(path, cache, *flags):
+    """The command in this process. Returns its status."""
+    data = {"source": "files", "path": path, "sequence_length": 16, "tokenizer": "bytes", "cache": cache}
+    argv = ["prepare", *(f"--config.data.{name}={value}" for name, value in data.items()), *flags]
+    return cli.run(prepare.main, prepare.define, prepare.__doc__, "configs/tiny.py", argv=argv)
