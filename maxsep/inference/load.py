@@ -22,14 +22,14 @@ def load(program: Program, folder: Path, step: str, job: Job = ALONE) -> tuple[d
     Raises:
         ConfigError: there is no such checkpoint, it cannot be read, or it is of another model.
     """
-    with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
+    with Checkpoints(folder / CHECKPOINTS, read_only=True, job=job) as checkpoints:
         if step == "latest":
-            number = checkpoints.latest_step()
+            number = None
         elif step == "best":
-            number = checkpoints.best_step()
+            number = job.agree(checkpoints.best_step())[0]
             if number is None:
                 raise ConfigError(f"--step: got best, but no checkpoint in {folder} has been evaluated")
         else:
             number = int(step)
-        number = job.agree(number)[0]
-        return program.weights(checkpoints.restore_params(on_mesh(program.abstract_params), number, cast=True)), number
+        params, _, number = checkpoints.restore_params(on_mesh(program.abstract_params), number, cast=True)
+        return program.weights(params), number

@@ -1,29 +1,33 @@
 """Checkpoints of a run: the training state and the data position, saved as one, restored onto any mesh.
 
 Orbax writes in the background and commits a step by renaming its finished folder, so a step is there whole or not at
-all. On disk the state is a nested dict of names, whatever classes the program keeps it in.
+all. What a step has to be is kept beside it (saved_step.py) and checked when it is read: a damaged one is told, and the
+one before it is taken.
 """
 
+import contextlib
 import logging
 import math
 import shutil
 import sys
 import threading
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import type_handlers
 
 from maxsep.cluster.job import ALONE, End, Job
 from maxsep.config import ConfigError, cli
+from maxsep.output import tree
+from maxsep.output.console import say
+from maxsep.output.saved_step import RECORD, STATE, Arrays, Damaged, Record, SavedStep, Shapes, array_handler, one_line
 
+DAMAGED = "damaged"  # where a run that goes on from an older step puts those that it could not
 TRASH = "trash"  # retention renames a step into it, so that a kill never leaves a step half deleted
 ALIKE_SECONDS = 10.0  # in which a save that failed in one process is found to have failed in the others
-# Replicas share the writing of an array from this size on, in bytes. Each slice is compiled once for every device, at
-# the first save: for small arrays that took 2.2 s of a 16-device run, and saved nothing.
-SHARED_WRITE_BYTES = 64 * 2**20
 
 
 _saving: list["Checkpoints"] = []  # in a job of several processes
@@ -43,6 +47,8 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("absl").addFilter(_not_of_orbax)
+# A read that failed beside another one, which is told.
+logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
 
 
 def _unraisable(unraisable, previous=sys.unraisablehook) -> None:
@@ -58,6 +64,18 @@ class SaveError(RuntimeError):
     """A save failed; the checkpoints before it are whole. The message is one line."""
 
 
+class NotFinite(RuntimeError):
+    """A state with entries that are not finite, which is never saved. The message is one line."""
+
+
+class Restored(NamedTuple):
+    """What was read of a step."""
+
+    state: Any  # pytree of jax.Arrays with the bits that were saved, sharded as asked; they may be donated
+    data: dict  # JSON values that were saved beside it
+    step: int
+
+
 class Checkpoints:
     """The checkpoints in one folder: the two latest and the one of the lowest `eval_loss`.
 
@@ -70,50 +88,50 @@ class Checkpoints:
     def __init__(self, directory: Path, read_only: bool = False, job: Job = ALONE):
         self.directory, self.job = Path(directory), job
         self._saving: int | None = None
-        self._writes = not read_only and jax.process_index() == 0
+        self._saves = not read_only
+        self._writes = self._saves and jax.process_index() == 0
         self._sweep()
-        policies = ocp.checkpoint_managers
-        best = policies.BestN(get_metric_fn=_eval_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        self._losses: dict[int, float] = {}  # of the steps, as far as they were asked for
         options = ocp.CheckpointManagerOptions(
-            # Not `max_to_keep` with `best_fn`: together they delete the latest.
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
-            best_fn=_eval_loss,  # metrics are written to disk only where it is set
-            best_mode="min",
+            preservation_policy=_Kept(self._loss),
             todelete_subdir=TRASH,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._sweep),
         )
-        registry = type_handlers.create_type_handler_registry(
-            (jax.Array, type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_WRITE_BYTES))
-        )
-        handlers = {
-            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-            "data": ocp.JsonCheckpointHandler(),
-        }
+        handlers = {STATE: array_handler(), RECORD: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
         if job.count > 1 and not read_only:
             _saving.append(self)
 
-    def save(self, step: int, state, data: dict, metrics: dict[str, float] | None = None) -> None:
+    def save(self, step: int, state, data: dict, eval_loss: float | None = None) -> None:
         """Starts to save, and returns once the state is copied or its buffers are held: it may then be donated.
 
         Args:
             step: finished optimizer steps. Nothing is done where it is already saved.
             state: pytree of global jax.Arrays.
             data: JSON values; what the data pipeline needs to go on.
-            metrics: {"eval_loss": nats} where an evaluation was made at this step.
+            eval_loss: nats, where an evaluation was made at this step.
 
         Raises:
             SaveError: the save before this one failed, and this one was not begun; or this one cannot be. Calling
                 again tries again.
+            NotFinite: the state is not.
         """
         if step in self.all_steps():
             return
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(_nested(state)), data=ocp.args.JsonSave(data))
-        self._saving = step
+        arrays = tree.named(state)
+        record, infinite = Record.of(step, data, eval_loss, {".".join(path): array for path, array in arrays.items()})
+        if infinite:
+            more = f", and {len(infinite) - 1} more" if len(infinite) > 1 else ""
+            raise NotFinite(f"the state after step {step} is not finite: {infinite[0]}{more}")
+        items = {
+            STATE: ocp.args.PyTreeSave(tree.nested(arrays)),
+            RECORD: ocp.args.JsonSave(record.to_json()),
+        }
+        self._saving, self._losses[step] = step, _or_infinite(eval_loss)
         try:
-            self._manager.save(step, args=args, metrics=metrics or {}, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as e:
             raise self._failed(e) from e
 
@@ -168,68 +186,113 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of the lowest `eval_loss` among those that have one. Waits for the save under way."""
-        losses = {step: _eval_loss(self._manager.metrics(step) or {}) for step in self.all_steps()}
-        evaluated = [step for step, loss in losses.items() if loss < math.inf]
-        return min(evaluated, key=lambda step: (losses[step], -step), default=None)
+        losses = {step: loss for step in self.all_steps() if (loss := self._loss(step)) < math.inf}
+        return min(losses, key=lambda step: (losses[step], -step), default=None)
 
-    def restore(self, abstract_state, step: int | None = None):
-        """The state and the data position saved at `step`, by default the latest.
+    def _loss(self, step: int) -> float:
+        """The `eval_loss` of a step; infinite where it has none, or is damaged."""
+        if step not in self._losses:
+            self._losses[step] = math.inf
+            with contextlib.suppress(Damaged):
+                self._losses[step] = _or_infinite(self._step(step).record.eval_loss)
+        return self._losses[step]
+
+    def restore(self, abstract_state, step: int | None = None) -> Restored:
+        """The state and the data position saved at `step`; by default the latest that is not damaged.
+
+        Damaged ones are told. All processes of the job take the same.
 
         Args:
             abstract_state: the state's pytree with a jax.ShapeDtypeStruct with a NamedSharding, of any mesh, as every
                 leaf.
 
-        Returns:
-            (state, data): jax.Arrays with the bits that were saved, sharded as asked; they may be donated.
-
         Raises:
-            ConfigError: there is no such step, it cannot be read, or its leaves have other names, shapes or dtypes.
+            ConfigError: there is no such step, it is damaged, or its leaves have other names, shapes or dtypes.
         """
-        step = self._existing(step)
-        nested = _nested(abstract_state)
-        self._check(step, _named(abstract_state), ())
-        restored = self._read(step, state=_restore_args(nested), data=ocp.args.JsonRestore())
-        return _like(abstract_state, restored.state), restored.data
+        return self._restore(abstract_state, step)
 
-    def restore_params(self, abstract_params, step: int | None = None, cast: bool = False):
+    def restore_params(self, abstract_params, step: int | None = None, cast: bool = False) -> Restored:
         """As `restore`, of the state's field `params` alone: nothing else is read. `cast`: into other dtypes too."""
-        step = self._existing(step)
-        wanted = {("params", *path): leaf for path, leaf in _named(abstract_params).items()}
-        self._check(step, wanted, ("params",), cast)
-        nested = {"params": _nested(abstract_params)}
-        restored = self._read(step, state=_restore_args(nested, partial_restore=True))
-        return _like(abstract_params, restored.state["params"])
+        return self._restore(abstract_params, step, ("params",), cast)
 
-    def _existing(self, step: int | None) -> int:
-        steps = self.all_steps()
+    def _restore(self, abstract, step: int | None, within: tuple[str, ...] = (), cast: bool = False) -> Restored:
+        wanted = {(*within, *path): leaf for path, leaf in tree.named(abstract).items()}
+        damaged = []
+        for number in self._existing(step):
+            try:
+                arrays, data = self._whole(self._step(number), wanted, within, cast)
+            except Damaged as e:
+                damaged.append((number, f"checkpoint of step {number} in {self.directory} is damaged: {e}"))
+                if step is None:
+                    say(f"warning: {damaged[-1][1]}")
+                continue
+            self._put_aside([number for number, _ in damaged])
+            state = tree.like(abstract, {path[len(within) :]: array for path, array in arrays.items()})
+            return Restored(state, data, number)
+        if step is None:
+            raise ConfigError(f"workdir: {self.directory} has no checkpoint that is whole: {damaged[0][1]}")
+        raise ConfigError(damaged[0][1])
+
+    def _existing(self, step: int | None) -> list[int]:
+        """The steps to try, which are the same in all processes."""
+        steps = self.job.agree(self.all_steps())[0]
         if not steps:
             raise ConfigError(f"workdir: no checkpoint in {self.directory}")
         if step is not None and step not in steps:
             raise ConfigError(f"step: got {step}; {self.directory} has {', '.join(map(str, steps))}")
-        return steps[-1] if step is None else step
+        return steps[::-1] if step is None else [step]
 
-    def _check(self, step: int, wanted: dict, prefix: tuple[str, ...], cast: bool = False) -> None:
-        """Refuses what Orbax would cast in silence, or complain of in hundreds of lines."""
+    def _step(self, step: int) -> SavedStep:
+        return SavedStep(self.directory / str(step))
+
+    def _whole(self, saved: SavedStep, wanted: Shapes, within: tuple[str, ...], cast: bool) -> tuple[Arrays, dict]:
+        """The arrays that are wanted, and the data beside them.
+
+        Raises:
+            Damaged: they are not as they were saved; in all processes.
+        """
+        out: Arrays = {}
+        for part in self._alike(lambda: saved.parts(wanted, within, cast)):
+            # Without it arrays of 64 bits that are to be cast would be read as of 32.
+            with jax.enable_x64(jax.config.jax_enable_x64 or any(x.dtype.itemsize == 8 for x in part.values())):
+                arrays = self._alike(lambda part=part: saved.read(part))
+                saved.compare(arrays)
+                while arrays:  # one after the other, which frees what was read
+                    path, array = arrays.popitem()
+                    out[path] = array.astype(wanted[path].dtype)
+        if not saved.record.state:
+            say(f"checkpoint of step {saved.step} is of a version without fingerprints: damage would not be noticed")
+        return out, saved.record.data
+
+    def _alike(self, part: Callable):
+        """What `part` returns, if it is whole in all processes of the job.
+
+        Raises:
+            Damaged: in one it is not.
+        """
+        found, error = None, None
         try:
-            saved = _named(self._manager.item_metadata(step)["state"].tree)
-        except Exception as e:
-            raise self._unreadable(step, e) from e
-        saved = {path: leaf for path, leaf in saved.items() if path[: len(prefix)] == prefix}
-        for path in sorted(saved.keys() | wanted.keys()):
-            have, want = (_described(leaves.get(path)) for leaves in (saved, wanted))
-            same = path in saved and path in wanted and saved[path].shape == wanted[path].shape
-            if have != want and not (cast and same):
-                where = f"checkpoint of step {step} in {self.directory}"
-                raise ConfigError(f"{where}: {'.'.join(path)} is {have} there and {want} in this model")
+            found = part()
+        except Damaged as e:
+            error = str(e)
+        for member, other in zip(self.job.members, self.job.agree(error), strict=True):
+            if other is not None:
+                raise Damaged(other if self.job.count == 1 else f"{other} ({member})")
+        return found
 
-    def _read(self, step: int, **args):
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except Exception as e:
-            raise self._unreadable(step, e) from e
-
-    def _unreadable(self, step: int, error: Exception) -> ConfigError:
-        return ConfigError(f"checkpoint of step {step} in {self.directory} cannot be read: {_one_line(error)}")
+    def _put_aside(self, steps: list[int]) -> None:
+        """Makes room for these steps, where the run is to save them again."""
+        if not self._saves:
+            return
+        if self.job.first:
+            for step in steps:
+                aside = self.directory / DAMAGED / f"{step}-{uuid.uuid4().hex[:8]}"
+                aside.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(aside)
+                say(f"warning: it now lies in {aside}; the run saves another one of step {step} when it comes there")
+        if steps:
+            self.job.agree(None)
+            self._manager.reload()
 
     def on_error(self, error: BaseException) -> None:
         """What Orbax says of an error, from any thread: if the save has not ended a while later, it hangs."""
@@ -244,7 +307,7 @@ class Checkpoints:
             self.job.fail(End(cli.SAVE_FAILED, f"{line}; the same command goes on from the checkpoint before it"))
 
     def _not_saved(self, step: int, error: BaseException) -> str:
-        return f"checkpoint of step {step} was not saved in {self.directory}: {_one_line(error)}"
+        return f"checkpoint of step {step} was not saved in {self.directory}: {one_line(error)}"
 
     def _failed(self, error: Exception) -> SaveError:
         step, self._saving = self._saving, None
@@ -260,50 +323,18 @@ class Checkpoints:
             shutil.rmtree(self.directory / TRASH, ignore_errors=True)
 
 
-def _eval_loss(metrics: dict) -> float:
-    loss = metrics.get("eval_loss")
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """The two latest steps, and the one of the lowest loss; Orbax's own would keep the losses in files of its own."""
+
+    def __init__(self, loss: Callable[[int], float]):
+        self._loss = loss
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = min(steps, key=lambda step: (self._loss(step), -step), default=None)
+        kept = {*steps[-2:], *([best] if best is not None and self._loss(best) < math.inf else [])}
+        return [step in kept for step in steps]
+
+
+def _or_infinite(loss: float | None) -> float:
     return loss if loss is not None and math.isfinite(loss) else math.inf
-
-
-def _named(tree) -> dict[tuple[str, ...], object]:
-    """The leaves by their path: names of fields and keys, numbers of list entries."""
-
-    def name(entry) -> str:
-        (value,) = (getattr(entry, a) for a in ("key", "name", "idx") if hasattr(entry, a))
-        return str(value)
-
-    return {tuple(map(name, path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _nested(tree) -> dict:
-    """`tree` as nested dicts."""
-    out: dict = {}
-    for path, leaf in _named(tree).items():
-        node = out
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return out
-
-
-def _like(tree, nested: dict):
-    """The leaves of `nested` in the structure of `tree`."""
-    leaves = _named(nested)
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[path] for path in _named(tree)])
-
-
-def _restore_args(nested: dict, **options) -> ocp.args.PyTreeRestore:
-    # Without a sharding in every leaf Orbax would take the mesh the checkpoint was saved on.
-    assert all(isinstance(x.sharding, jax.sharding.NamedSharding) for x in jax.tree.leaves(nested))
-    args = ocp.checkpoint_utils.construct_restore_args(nested)
-    return ocp.args.PyTreeRestore(item=nested, restore_args=args, **options)
-
-
-def _described(leaf) -> str:
-    return "missing" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def _one_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    text = " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {text[:300]}"

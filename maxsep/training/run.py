@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
@@ -64,13 +65,13 @@ class Run:
         """The compiled train step."""
         return self.lower_train_step().compile()
 
-    def new_state(self) -> TrainState:
+    def new_state(self, job: Job = ALONE) -> TrainState:
         """Step 0, with weights drawn from the seed or those that `train.init_from` names."""
         source = init_checkpoints(self.config)
         if source is None:
             return drawn(self.program.init, self.program.layout.platform)
-        with Checkpoints(source, read_only=True) as checkpoints:
-            return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params))
+        with Checkpoints(source, read_only=True, job=job) as checkpoints:
+            return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params).state)
 
     def train_batches(self, corpus: Corpus, position: int):
         """This host's part of the batches from `position` on; `to_mesh` makes them global."""

@@ -45,16 +45,15 @@ def train(config: Config, folder: Path, job: Job = ALONE) -> None:
     with jax.set_mesh(mesh), ExitStack() as stack:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
-        state = None if saved else run.new_state()  # may refuse train.init_from: before anything is written
-        position = 0
+        state = None if saved else run.new_state(job)  # may refuse train.init_from: before anything is written
+        position = step = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
             workdir.check_shared(folder, job)
             checkpoints = stack.enter_context(Checkpoints(folder / workdir.CHECKPOINTS, job=job))
             if saved:
-                state, data = checkpoints.restore(run.abstract_state, job.agree(checkpoints.latest_step())[0])
+                state, data, step = checkpoints.restore(run.abstract_state)
                 position = data["position"]
-            step = int(state.step)
             finished = step >= config.train.steps and _check_finished(folder, step, config)
             job.agree(None)  # before the first process writes what all have read
             writer = None
@@ -102,11 +101,10 @@ def evaluate(config: Config, folder: Path, job: Job = ALONE) -> None:
     config = workdir.check_resume(folder, config, may_change=workdir.EVALUATION_MAY_CHANGE)
     corpus = preparation.ensure(config, console.say, job)
     workdir.check_resume(folder, config, corpus.fingerprint, workdir.EVALUATION_MAY_CHANGE)
-    with jax.set_mesh(make_mesh(config)), Checkpoints(folder / workdir.CHECKPOINTS, read_only=True) as checkpoints:
+    with jax.set_mesh(make_mesh(config)), Checkpoints(folder / workdir.CHECKPOINTS, True, job) as checkpoints:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
-        step = job.agree(checkpoints.latest_step())[0]
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
-        params = checkpoints.restore_params(run.abstract_state.params, step)
+        params, _, step = checkpoints.restore_params(run.abstract_state.params)
         job.at("compiling")
         scores = run.evaluate(params, corpus, lambda: job.at("evaluating"), job.waiting)
     console.say(console.table(f"step {step}", summary.held_out(scores["loss"], corpus)))
@@ -207,10 +205,10 @@ class Loop:
                     self.clock = time.monotonic()
                 if evaluate or last or _due(settings.checkpoint_every, step):
                     self.take_metrics(row=last or evaluate)
-                    scores = self.evaluate(state, step) if evaluate else None
+                    loss = self.evaluate(state, step) if evaluate else None
                     last = last or self.cut_off
                     if last or _due(settings.checkpoint_every, step):
-                        self.save(step, state, {"position": position}, scores)
+                        self.save(step, state, {"position": position}, loss)
                     self.job.at("training", step)
                     self.clock = time.monotonic()
                 if last:
@@ -240,8 +238,8 @@ class Loop:
             self.log(step, "train", values)
         self.progress.step(step)
 
-    def evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
-        """The figures that a checkpoint keeps; None where a signal cut the evaluation off."""
+    def evaluate(self, state: TrainState, step: int) -> float | None:
+        """The held-out loss, which a checkpoint keeps; None where a signal cut the evaluation off."""
         self.progress.print(f"evaluating on {self.corpus.eval.targets:,} held-out tokens …")
         self.job.at("evaluating" if self.compiled_eval else "compiling", step)
 
@@ -254,7 +252,7 @@ class Loop:
         if scores is None:
             return None
         self.log(step, "eval", scores)
-        return {"eval_loss": scores["loss"]}
+        return scores["loss"]
 
     def log(self, step: int, split: str, values: dict) -> None:
         if self.writer is None:  # the first process does it
@@ -269,10 +267,10 @@ class Loop:
             ) from e
         self.progress.print(console.line(row, self.settings.steps))
 
-    def save(self, step: int, state: TrainState, data: dict, scores: dict[str, float] | None) -> None:
+    def save(self, step: int, state: TrainState, data: dict, eval_loss: float | None) -> None:
         """Starts a checkpoint. One that fails is reported and tried again at the next; training goes on."""
         self.wait_for_save(step)
-        self.save_failed = not self.tried(lambda: self.checkpoints.save(step, state, data, scores))
+        self.save_failed = not self.tried(lambda: self.checkpoints.save(step, state, data, eval_loss))
 
     def wait_for_save(self, step: int) -> None:
         """Returns when the last checkpoint is on disk."""

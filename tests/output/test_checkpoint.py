@@ -1,9 +1,9 @@
 """Checkpoints: the saved bits come back on any mesh, nothing is lost by a kill, and nothing wrong loads in silence."""
 
-import dataclasses
 import gc
 import glob
 import itertools
+import os
 import resource
 import shutil
 import subprocess
@@ -14,60 +14,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from states import abstract, bits, filled, mesh_of
 
 from maxsep.config import ConfigError
 from maxsep.output.checkpoint import Checkpoints, SaveError
-
-OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3)))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class State:
-    step: jax.Array
-    params: dict
-    optimizer: tuple
-
-
-def mesh_of(attention, expert):
-    return jax.make_mesh((1, attention, expert), ("stage", "attention", "expert"), axis_types=(AxisType.Explicit,) * 3)
-
-
-def abstract(mesh, rows=64, dtype=jnp.float32):
-    """A state's shapes, split and replicated in several ways, with every kind of number."""
-    replicated = NamedSharding(mesh, P())
-
-    def array(shape, dtype, *spec):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
-
-    params = {
-        "embedding": array((rows, 32), dtype, None, "attention"),
-        "layers": {"w_edf": array((2, 16, 8, 32), dtype, None, "expert"), "scale": array((2, 32), dtype)},
-        "blocks": [array((16, 16), jnp.bfloat16, ("attention", "expert")), array((16,), jnp.uint32, "expert")],
-    }
-    optimizer = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(OPTIMIZER.init, params)
-    )
-    return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, optimizer)
-
-
-def filled(shapes, seed):
-    """Arrays of random bits: NaNs, denormals and signed zeros among them."""
-    rng = np.random.default_rng(seed)
-
-    def fill(x):
-        bits = rng.bytes(x.size * x.dtype.itemsize)
-        return jax.device_put(np.frombuffer(bits, x.dtype).reshape(x.shape), x.sharding)
-
-    return jax.tree.map(fill, shapes)
-
-
-def bits(state):
-    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(state)]
 
 
 @pytest.mark.parametrize("attention, expert", [(4, 4), (1, 1), (2, 8), (16, 1), (2, 2)])
@@ -76,7 +27,7 @@ def test_restores_the_bits_on_any_mesh(tmp_path, attention, expert):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, saved, {"position": 112})
         shapes = abstract(mesh_of(attention, expert))
-        restored, data = checkpoints.restore(shapes)
+        restored, data, _ = checkpoints.restore(shapes)
     assert bits(restored) == bits(saved)
     assert data == {"position": 112}
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
@@ -89,16 +40,16 @@ def test_float64(tmp_path):
         shapes = abstract(mesh_of(2, 2), dtype=jnp.float64)
         saved = filled(shapes, 1)
         checkpoints.save(1, saved, {})
-        assert bits(checkpoints.restore(shapes)[0]) == bits(saved)
+        assert bits(checkpoints.restore(shapes).state) == bits(saved)
 
 
 def test_a_large_replicated_array_is_written_by_several_devices(tmp_path, monkeypatch):
-    monkeypatch.setattr("maxsep.output.checkpoint.SHARED_WRITE_BYTES", 1024)
+    monkeypatch.setattr("maxsep.output.saved_step.SHARED_WRITE_BYTES", 1024)
     shapes = abstract(mesh_of(4, 4))
     saved = filled(shapes, 2)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, saved, {})
-        assert bits(checkpoints.restore(shapes)[0]) == bits(saved)
+        assert bits(checkpoints.restore(shapes).state) == bits(saved)
 
 
 def test_state_is_donated_while_it_is_saved(tmp_path):
@@ -111,7 +62,7 @@ def test_state_is_donated_while_it_is_saved(tmp_path):
             checkpoints.save(step, state, {})
             for _ in range(3):
                 state = advance(state)
-            restored, _ = checkpoints.restore(shapes, step)
+            restored, _, _ = checkpoints.restore(shapes, step)
             assert all(np.all(np.asarray(x) == 3 * step - 2) for x in jax.tree.leaves(restored))
             # What was restored may be donated too, also where its replicas share memory.
             advanced = advance(advance(restored))
@@ -129,7 +80,7 @@ def test_keeps_the_latest_two_and_the_best(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best_step() is None and checkpoints.latest_step() is None
         for step, loss in losses.items():
-            checkpoints.save(step, state, {}, None if loss is None else {"eval_loss": loss})
+            checkpoints.save(step, state, {}, loss)
             best = [s for s in range(1, step + 1) if losses[s] is not None and losses[s] < 9] or [1]
             expected = {min(best, key=lambda s: losses[s]), step - 1, step} - {0}
             checkpoints.wait()  # on disk, not only in memory
@@ -137,7 +88,7 @@ def test_keeps_the_latest_two_and_the_best(tmp_path):
             assert (checkpoints.all_steps(), checkpoints.latest_step()) == (sorted(expected), step)
     with Checkpoints(tmp_path) as checkpoints:
         assert (checkpoints.all_steps(), checkpoints.best_step()) == ([2, 6, 7], 2)
-        checkpoints.save(8, state, {}, {"eval_loss": 1.0})
+        checkpoints.save(8, state, {}, 1.0)
         assert (checkpoints.all_steps(), checkpoints.best_step()) == ([7, 8], 8)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["7", "8"]
 
@@ -155,7 +106,7 @@ def test_saving_a_step_again_does_nothing(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, filled(shapes, 5), {"position": 1})
         checkpoints.save(1, filled(shapes, 6), {"position": 2})
-        restored, data = checkpoints.restore(shapes)
+        restored, data, _ = checkpoints.restore(shapes)
     assert (bits(restored), data) == (bits(filled(shapes, 5)), {"position": 1})
 
 
@@ -166,7 +117,7 @@ def test_parameters_alone(tmp_path):
         checkpoints.save(1, state, {})
     elsewhere = abstract(mesh_of(2, 8)).params
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert bits(checkpoints.restore_params(elsewhere)) == bits(state.params)
+        assert bits(checkpoints.restore_params(elsewhere).state) == bits(state.params)
         with pytest.raises(ConfigError, match=r"params\.layers\.scale is float32\[2, 32\] there and missing in this"):
             checkpoints.restore_params({**elsewhere, "layers": {"w_edf": elsewhere["layers"]["w_edf"]}})
 
@@ -243,8 +194,8 @@ def test_an_unreadable_checkpoint_is_named_in_one_line(tmp_path, damage):
     else:
         shutil.rmtree(tmp_path / "2" / "state")
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ConfigError) as caught:
-        checkpoints.restore(shapes)
-    assert str(caught.value).startswith(f"checkpoint of step 2 in {tmp_path} cannot be read: ")
+        checkpoints.restore(shapes, 2)
+    assert str(caught.value).startswith(f"checkpoint of step 2 in {tmp_path} is damaged: ")
     assert "\n" not in str(caught.value)
 
 
@@ -265,8 +216,8 @@ def test_a_failed_save_is_told_and_the_next_one_succeeds(tmp_path):
             gc.collect()  # here, and not in the midst of another test, Orbax's writers print why they failed
         assert checkpoints.all_steps() == [1]
         checkpoints.save(3, states[2], {})
-        assert bits(checkpoints.restore(shapes)[0]) == bits(states[2])
-        assert bits(checkpoints.restore(shapes, 1)[0]) == bits(states[0])
+        assert bits(checkpoints.restore(shapes).state) == bits(states[2])
+        assert bits(checkpoints.restore(shapes, 1).state) == bits(states[0])
 
 
 def test_a_folder_that_vanishes_is_told(tmp_path):
@@ -294,14 +245,16 @@ def save_for_ever(directory):
     shapes = large()
     with Checkpoints(directory) as checkpoints:
         for step in itertools.count((checkpoints.latest_step() or 0) + 1):
-            checkpoints.save(step, state_of(shapes, step), {"position": step}, {"eval_loss": float(step % 5)})
+            checkpoints.save(step, state_of(shapes, step), {"position": step}, float(step % 5))
 
 
 @pytest.mark.parametrize("moment", ["save", "retention"])
 def test_a_kill_inside_a_save_leaves_whole_checkpoints(tmp_path, moment):
     # Four steps in, so that retention has begun; then the next time the folder shows the moment asked for.
     pattern = "*.orbax-checkpoint-tmp" if moment == "save" else "trash/*"
-    process = subprocess.Popen([sys.executable, __file__, str(tmp_path)])
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(tmp_path)], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    )
     try:
         while not any(p.name.isdigit() and int(p.name) >= 4 for p in tmp_path.iterdir()):
             assert process.poll() is None
@@ -317,7 +270,7 @@ def test_a_kill_inside_a_save_leaves_whole_checkpoints(tmp_path, moment):
         steps = checkpoints.all_steps()
         assert len(steps) >= 2
         for step in steps:
-            restored, data = checkpoints.restore(shapes, step)
+            restored, data, _ = checkpoints.restore(shapes, step)
             assert data == {"position": step} and bits(restored) == bits(state_of(shapes, step))
         following = steps[-1] + 1
         checkpoints.save(following, state_of(shapes, following), {})
