@@ -5,12 +5,14 @@ the same command is given again, or --workdir alone. Several processes make one 
 """
 
 import sys
+from contextlib import nullcontext
 
 from absl import flags
 
 from maxsep.cluster import join
 from maxsep.config import cli, paths
 from maxsep.output import workdir
+from maxsep.output.lock import Lock
 from maxsep.parallel.start import start
 
 
@@ -25,15 +27,17 @@ def main(args: cli.Args) -> None:
 
     training = args.flags.mode == "train"
     named = args.flags.workdir
-    folder = paths.run_folder(f"runs/{args.config.name}" if named is None else named, exists=not training)
+    folder = paths.run_folder(
+        f"runs/{args.config.name}" if named is None else named, exists=not training, written=training
+    )
     workdir.check_start(folder, args.config, training)
     workdir.check_tokenizer(folder, args.config, preparation.check(args.config))
-    with join.joined(args, folder) as job:
+    with join.joined(args, folder) as job, Lock(folder, job) if training else nullcontext() as lock:
         config = start(args.config, args.fit_mesh, training, job)
         from maxsep.training import trainer  # imports JAX, which must wait until the flags are right
 
         if training:
-            trainer.train(config, folder, job)
+            trainer.train(config, folder, lock, job)
         else:
             trainer.evaluate(config, folder, job)
 

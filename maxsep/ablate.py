@@ -35,6 +35,7 @@ def main(args: cli.Args, argv: list[str]) -> None:
     from maxsep.ablation import trial
     from maxsep.data import preparation
     from maxsep.output import workdir
+    from maxsep.output.lock import Lock
 
     process.refuse_several("ablate")
     named = args.flags.workdir
@@ -67,13 +68,15 @@ def main(args: cli.Args, argv: list[str]) -> None:
 
     began = time.monotonic()
     session = Session(trials, folder, shared, args.flags.decode)
-    session.run()
-    try:
-        runs = [] if args.flags.runs is None else [f"--runs={','.join(args.flags.runs)}"]
-        written = session.report(shlex.join(["python", "-m", "maxsep.ablate", *shared, *runs, f"--workdir={named}"]))
-    except OSError as e:
-        again = "with room for it the same command writes it"
-        raise cli.Exit(cli.SAVE_FAILED, f"cannot write the report in {named}: {e.strerror}; {again}") from e
+    with Lock(folder):
+        session.run()
+        try:
+            runs = [] if args.flags.runs is None else [f"--runs={','.join(args.flags.runs)}"]
+            again = ["python", "-m", "maxsep.ablate", *shared, *runs, f"--workdir={named}"]
+            written = session.report(shlex.join(again))
+        except OSError as e:
+            why = f"cannot write the report in {named}: {e.strerror}; with room for it the same command writes it"
+            raise cli.Exit(cli.SAVE_FAILED, why) from e
     print(f"{time.monotonic() - began:.0f} s; written: {paths.shown(folder)}: {written}", flush=True)
     if session.stopped:
         raise cli.Exit(cli.STOPPED, f"{session.stopped}: stopped; the same command goes on from there")

@@ -3,8 +3,8 @@
 As in `python -m maxsep.launch --processes=4 -- train.py --workdir=runs/four`: what comes after -- is for Python, also
 infer.py or -m maxsep.bench train. Without accelerators each process simulates its part of the mesh's devices; with GPUs
 each takes one. Standard output is process 0's, which prints for all; a line of standard error has its process's number
-before it. SIGTERM and Ctrl-C are passed on. With --restarts a job that has lost a process starts again, and goes on
-from its latest checkpoint.
+before it. SIGTERM, SIGHUP and Ctrl-C are passed on. With --restarts a job that has lost a process starts again, and
+goes on from its latest checkpoint.
 """
 
 import signal
@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from maxsep.cluster import group, process
+from maxsep.cluster.signals import stopping
 from maxsep.config import ConfigError, cli
 
 
@@ -33,7 +34,7 @@ def main(args: cli.Args, command: list[str]) -> None:
         raise ConfigError("command: none given; takes it after --, as `launch --processes=4 -- train.py`")
     if not command[0].startswith("-") and not Path(command[0]).is_file():
         raise ConfigError(f"command: got {command[0]}, which is no file; takes a Python program, as train.py")
-    signals = []
+    signals, caught = [], stopping()
     for restart in range(args.flags.restarts + 1):
         job = group.Group(command, args.flags.processes)
 
@@ -41,7 +42,7 @@ def main(args: cli.Args, command: list[str]) -> None:
             signals.append(number)
             job.signal(number)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in caught:
             signal.signal(number, passed_on)
         statuses = job.ended()
         status = group.status(statuses)

@@ -15,6 +15,7 @@ import time
 from absl import flags
 
 from maxsep.cluster import process
+from maxsep.cluster.signals import stopping
 from maxsep.config import cli, paths
 from maxsep.data.preparation import Preparation, seldom
 
@@ -58,7 +59,7 @@ def main(args: cli.Args) -> None:
             raise KeyboardInterrupt
         console.progress(text)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stopping():
         signal.signal(number, interrupt)
     try:
         preparation = Preparation(args.config, console.line)

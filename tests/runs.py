@@ -18,10 +18,11 @@ SMALL = {
 
 
 def snapshot(folder):
-    """Every file and folder with its time and content."""
+    """Every file and folder with its time and content, but who had the folder last."""
     return {
         path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
         for path in [folder, *folder.rglob("*")]
+        if path.name != "lock"
     }
 
 

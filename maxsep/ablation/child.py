@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from maxsep.training.signals import Stop
+from maxsep.cluster.signals import Stop
 
 CLEAR = "\x1b[2K"  # a terminal's line
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from maxsep.ablation import child, kept, tables
 from maxsep.ablation.trial import Trial, columns
+from maxsep.cluster.signals import Stop
 from maxsep.config import cli
 from maxsep.config.paths import REPOSITORY
 from maxsep.output.console import say
 from maxsep.parallel.start import cores
-from maxsep.training.signals import Stop
 
 NEW_TOKENS, PROMPTS = 16, 16  # of a measurement of decoding
 

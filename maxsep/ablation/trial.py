@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "train.eval_every",
     "train.checkpoint_every",
     "train.nonfinite_limit",
+    "train.rollbacks",
     "train.heartbeat_seconds",
     "train.watchdog_seconds",
     "data.path",

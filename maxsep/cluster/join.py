@@ -14,6 +14,7 @@ from absl import flags
 
 from maxsep.cluster import process, rollcall
 from maxsep.cluster.job import ALONE, End, Job
+from maxsep.cluster.signals import stopping
 from maxsep.config import cli, fields
 
 ALIKE = ("maxsep", "jax", "jaxlib")  # packages whose versions have to be the same in all processes
@@ -77,7 +78,7 @@ def _output(first: bool) -> TextIO:
 
 def _exit(job: Job, error: Exception | None) -> None:
     """Ends the process. Without Python's way out: JAX would wait there for processes that do not come."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stopping():
         signal.signal(number, signal.SIG_IGN)
     status, message = cli.outcome(error) if error else (cli.DONE, "")
     if status == cli.CRASHED:
@@ -106,12 +107,12 @@ def _facts(args: cli.Args, folder: Path | None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """While inside, SIGTERM interrupts as SIGINT does. Training takes both over, to end after its step."""
+    """While inside, SIGTERM and SIGHUP interrupt as SIGINT does. Training takes them over, to end after its step."""
 
     def interrupt(number: int, frame) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, interrupt) for number in stopping()}
     try:
         yield
     finally:

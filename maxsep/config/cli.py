@@ -14,7 +14,6 @@ A tool is a module docstring, a function that defines its flags, and a `main` th
 absl alone would answer a mistyped flag with status 1 and a mistyped config field with a traceback.
 """
 
-import os
 import re
 import sys
 import traceback
@@ -26,7 +25,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from maxsep.config import paths
+from maxsep.config import paths, streams
 from maxsep.config.files import load_config
 from maxsep.config.help import page
 from maxsep.config.paths import REPOSITORY
@@ -45,6 +44,7 @@ from maxsep.config.validate import validate
 
 # Exit statuses; anything that is nobody's mistake but a crash is CRASHED.
 DONE, USER_ERROR, CRASHED, PEER_LOST, NONFINITE, SAVE_FAILED, STOPPED = 0, 2, 70, 71, 72, 73, 75
+UNREAD = 141  # as a shell tells of SIGPIPE
 
 
 class Exit(Exception):
@@ -96,12 +96,14 @@ def run(
     Returns:
         The exit status, 0 where `main` returned.
     """
+    streams.ready()
     argv = list(sys.argv if argv is None else argv)
     try:
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
             print(help_text(argv, define, doc, default_config, commands, of_run))
-            return DONE
-        main(parse(argv, define, default_config, commands, of_run))
+        else:
+            main(parse(argv, define, default_config, commands, of_run))
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as e:
         return answer(e)
     return DONE
@@ -109,9 +111,11 @@ def run(
 
 def answer(error: BaseException) -> int:
     """Tells the user what has ended the program; the exit status."""
-    if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    lost = streams.lost_output() if isinstance(error, OSError) else None
+    if isinstance(lost, BrokenPipeError):  # the reader has seen enough, as `head` has
+        return UNREAD
+    if lost is not None:
+        error = Exit(SAVE_FAILED, f"standard output: {lost.strerror}")
     status, message = outcome(error)
     if status == CRASHED:
         traceback.print_exception(error)

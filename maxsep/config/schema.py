@@ -70,7 +70,8 @@ class TrainConfig:
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end
     init_from: str | None = None  # workdir whose latest parameters to start from, with a fresh optimizer
     profile: str | None = None  # "FIRST:LAST" steps to record with jax.profiler
-    nonfinite_limit: int = 10  # non-finite steps in a row that are skipped before the run halts
+    nonfinite_limit: int = 10  # non-finite steps in a row that are skipped before the run rolls back, or halts
+    rollbacks: int = 1  # times a run goes back to its latest good checkpoint, and past the data, before it halts
     heartbeat_seconds: float = 30.0  # without a word from a process, after which a run of several processes ends
     watchdog_seconds: float = 600.0  # without the end of a step, or a save, after which the run ends; compiling is free
     deterministic: bool = False  # GPU: only kernels that repeat to the bit (slower)

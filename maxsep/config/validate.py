@@ -85,7 +85,7 @@ def _run(config: Config) -> None:
         _need(value in choices, path, value, "one of " + ", ".join(choices) if len(choices) > 1 else choices[0])
     _at_least(config, 1, "train.steps", "train.batch_size", "train.accumulation", "train.nonfinite_limit")
     _positive(config, "train.heartbeat_seconds", "train.watchdog_seconds")
-    _at_least(config, 0, "train.log_every", "train.eval_every", "train.checkpoint_every")
+    _at_least(config, 0, "train.log_every", "train.eval_every", "train.checkpoint_every", "train.rollbacks")
     _need(0 <= train.seed < 2**32, "train.seed", train.seed, "an integer from 0 to 2**32 - 1")
     _multiple(config, "train.batch_size", "train.accumulation")
     if train.profile is not None:

@@ -6,10 +6,8 @@ one before it is taken.
 """
 
 import contextlib
-import logging
 import math
 import shutil
-import sys
 import threading
 import uuid
 from collections.abc import Callable
@@ -21,43 +19,13 @@ import orbax.checkpoint as ocp
 
 from maxsep.cluster.job import ALONE, End, Job
 from maxsep.config import ConfigError, cli
-from maxsep.output import tree
+from maxsep.output import orbax_errors, tree
 from maxsep.output.console import say
-from maxsep.output.saved_step import RECORD, STATE, Arrays, Damaged, Record, SavedStep, Shapes, array_handler, one_line
+from maxsep.output.saved_step import RECORD, STATE, Damaged, Record, SavedStep, array_handler, one_line
 
 DAMAGED = "damaged"  # where a run that goes on from an older step puts those that it could not
 TRASH = "trash"  # retention renames a step into it, so that a kill never leaves a step half deleted
 ALIKE_SECONDS = 10.0  # in which a save that failed in one process is found to have failed in the others
-
-
-_saving: list["Checkpoints"] = []  # in a job of several processes
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Keeps from stderr what Orbax says of each error there, twice and with pages of traceback, before it raises it.
-
-    It is the first to tell of one in the background: between processes, raising it may wait for the others for ever.
-    """
-    if "/orbax/" not in record.pathname:
-        return True
-    if record.exc_info:
-        for checkpoints in _saving:
-            checkpoints.on_error(record.exc_info[1])
-    return False
-
-
-logging.getLogger("absl").addFilter(_not_of_orbax)
-# A read that failed beside another one, which is told.
-logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
-
-
-def _unraisable(unraisable, previous=sys.unraisablehook) -> None:
-    """Keeps quiet about reads and writes that were still under way when one beside them failed and was told."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        previous(unraisable)
-
-
-sys.unraisablehook = _unraisable
 
 
 class SaveError(RuntimeError):
@@ -88,8 +56,8 @@ class Checkpoints:
     def __init__(self, directory: Path, read_only: bool = False, job: Job = ALONE):
         self.directory, self.job = Path(directory), job
         self._saving: int | None = None
-        self._saves = not read_only
-        self._writes = self._saves and jax.process_index() == 0
+        self._damaged: set[int] = set()  # steps that were tried
+        self._writes = not read_only and jax.process_index() == 0
         self._sweep()
         self._losses: dict[int, float] = {}  # of the steps, as far as they were asked for
         options = ocp.CheckpointManagerOptions(
@@ -102,7 +70,7 @@ class Checkpoints:
         handlers = {STATE: array_handler(), RECORD: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
         if job.count > 1 and not read_only:
-            _saving.append(self)
+            orbax_errors.heard_by.append(self.on_error)
 
     def save(self, step: int, state, data: dict, eval_loss: float | None = None) -> None:
         """Starts to save, and returns once the state is copied or its buffers are held: it may then be donated.
@@ -120,6 +88,7 @@ class Checkpoints:
         """
         if step in self.all_steps():
             return
+        self._directory_again()
         arrays = tree.named(state)
         record, infinite = Record.of(step, data, eval_loss, {".".join(path): array for path, array in arrays.items()})
         if infinite:
@@ -134,6 +103,15 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as e:
             raise self._failed(e) from e
+
+    def _directory_again(self) -> None:
+        """Makes the folder anew where it has gone, if the run's own is there."""
+        if self.directory.is_dir():
+            return
+        if self._writes:
+            with contextlib.suppress(OSError):  # saving tells
+                self.directory.mkdir(exist_ok=True)
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when the save under way is on disk.
@@ -158,8 +136,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            if self in _saving:
-                _saving.remove(self)
+            if self.on_error in orbax_errors.heard_by:
+                orbax_errors.heard_by.remove(self.on_error)
             self._manager.close()
         self._sweep()
 
@@ -197,10 +175,20 @@ class Checkpoints:
                 self._losses[step] = _or_infinite(self._step(step).record.eval_loss)
         return self._losses[step]
 
-    def restore(self, abstract_state, step: int | None = None) -> Restored:
+    @property
+    def ended(self) -> bool:
+        """Whether a save has ended, well or not, that `wait` has not been called for."""
+        return self._saving is not None and not self._manager.is_saving_in_progress()
+
+    def steps_up_to(self, step: int) -> list[int]:
+        """The saved steps that are not later. Waits for the save under way."""
+        return [number for number in self.job.agree(self.all_steps())[0] if number <= step]
+
+    def restore(self, abstract_state, step: int | None = None, up_to: int | None = None) -> Restored:
         """The state and the data position saved at `step`; by default the latest that is not damaged.
 
-        Damaged ones are told. All processes of the job take the same.
+        Damaged ones are told, and all processes of the job take the same. With `up_to` later ones than that step are
+        not taken.
 
         Args:
             abstract_state: the state's pytree with a jax.ShapeDtypeStruct with a NamedSharding, of any mesh, as every
@@ -209,29 +197,38 @@ class Checkpoints:
         Raises:
             ConfigError: there is no such step, it is damaged, or its leaves have other names, shapes or dtypes.
         """
-        return self._restore(abstract_state, step)
+        return self._restore(abstract_state, step, up_to=up_to)
 
     def restore_params(self, abstract_params, step: int | None = None, cast: bool = False) -> Restored:
         """As `restore`, of the state's field `params` alone: nothing else is read. `cast`: into other dtypes too."""
         return self._restore(abstract_params, step, ("params",), cast)
 
-    def _restore(self, abstract, step: int | None, within: tuple[str, ...] = (), cast: bool = False) -> Restored:
+    def _restore(
+        self,
+        abstract,
+        step: int | None,
+        within: tuple[str, ...] = (),
+        cast: bool = False,
+        up_to: int | None = None,
+    ) -> Restored:
         wanted = {(*within, *path): leaf for path, leaf in tree.named(abstract).items()}
         damaged = []
         for number in self._existing(step):
-            try:
-                arrays, data = self._whole(self._step(number), wanted, within, cast)
-            except Damaged as e:
-                damaged.append((number, f"checkpoint of step {number} in {self.directory} is damaged: {e}"))
-                if step is None:
-                    say(f"warning: {damaged[-1][1]}")
+            if up_to is not None and number > up_to:
                 continue
-            self._put_aside([number for number, _ in damaged])
+            try:
+                arrays, data = self._step(number).whole(wanted, within, cast)
+            except Damaged as e:
+                damaged.append(f"checkpoint of step {number} in {self.directory} is damaged: {e}")
+                self._damaged.add(number)
+                if step is None:
+                    say(f"warning: {damaged[-1]}")
+                continue
             state = tree.like(abstract, {path[len(within) :]: array for path, array in arrays.items()})
             return Restored(state, data, number)
         if step is None:
-            raise ConfigError(f"workdir: {self.directory} has no checkpoint that is whole: {damaged[0][1]}")
-        raise ConfigError(damaged[0][1])
+            raise ConfigError(f"workdir: {self.directory} has no checkpoint that is whole: {damaged[0]}")
+        raise ConfigError(damaged[0])
 
     def _existing(self, step: int | None) -> list[int]:
         """The steps to try, which are the same in all processes."""
@@ -243,56 +240,31 @@ class Checkpoints:
         return steps[::-1] if step is None else [step]
 
     def _step(self, step: int) -> SavedStep:
-        return SavedStep(self.directory / str(step))
+        return SavedStep(self.directory / str(step), self.job)
 
-    def _whole(self, saved: SavedStep, wanted: Shapes, within: tuple[str, ...], cast: bool) -> tuple[Arrays, dict]:
-        """The arrays that are wanted, and the data beside them.
+    def go_on_from(self, step: int) -> None:
+        """Makes room for the steps that are later than `step`, as they will be saved again.
 
-        Raises:
-            Damaged: they are not as they were saved; in all processes.
+        Those that were found damaged are put aside. All processes of the job call this.
         """
-        out: Arrays = {}
-        for part in self._alike(lambda: saved.parts(wanted, within, cast)):
-            # Without it arrays of 64 bits that are to be cast would be read as of 32.
-            with jax.enable_x64(jax.config.jax_enable_x64 or any(x.dtype.itemsize == 8 for x in part.values())):
-                arrays = self._alike(lambda part=part: saved.read(part))
-                saved.compare(arrays)
-                while arrays:  # one after the other, which frees what was read
-                    path, array = arrays.popitem()
-                    out[path] = array.astype(wanted[path].dtype)
-        if not saved.record.state:
-            say(f"checkpoint of step {saved.step} is of a version without fingerprints: damage would not be noticed")
-        return out, saved.record.data
-
-    def _alike(self, part: Callable):
-        """What `part` returns, if it is whole in all processes of the job.
-
-        Raises:
-            Damaged: in one it is not.
-        """
-        found, error = None, None
-        try:
-            found = part()
-        except Damaged as e:
-            error = str(e)
-        for member, other in zip(self.job.members, self.job.agree(error), strict=True):
-            if other is not None:
-                raise Damaged(other if self.job.count == 1 else f"{other} ({member})")
-        return found
-
-    def _put_aside(self, steps: list[int]) -> None:
-        """Makes room for these steps, where the run is to save them again."""
-        if not self._saves:
+        later = [number for number in self._manager.all_steps() if number > step]
+        if not later:
             return
         if self.job.first:
-            for step in steps:
-                aside = self.directory / DAMAGED / f"{step}-{uuid.uuid4().hex[:8]}"
+            for number in later:
+                aside = (
+                    self.directory
+                    / (DAMAGED if number in self._damaged else TRASH)
+                    / f"{number}-{uuid.uuid4().hex[:8]}"
+                )
                 aside.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(aside)
-                say(f"warning: it now lies in {aside}; the run saves another one of step {step} when it comes there")
-        if steps:
-            self.job.agree(None)
-            self._manager.reload()
+                (self.directory / str(number)).rename(aside)
+                if number in self._damaged:
+                    say(f"warning: it now lies in {aside}; the run saves another one when it comes to step {number}")
+        self.job.agree(None)
+        self._losses = {number: loss for number, loss in self._losses.items() if number <= step}
+        self._manager.reload()
+        self._sweep()
 
     def on_error(self, error: BaseException) -> None:
         """What Orbax says of an error, from any thread: if the save has not ended a while later, it hangs."""

@@ -1,11 +1,52 @@
 """What a run prints: aligned tables, a line a logged row, and on a terminal a progress bar below them."""
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+
+from maxsep.config import streams
+
+_surviving = False
+_lost: OSError | None = None
+
+
+@contextlib.contextmanager
+def surviving() -> Iterator[None]:
+    """Within, printing never ends the program: what standard output does not take is left out.
+
+    Why it does not is told once on standard error; that its reader has gone is for the caller, who asks `unread`.
+    """
+    global _surviving, _lost
+    _surviving, _lost = True, None
+    try:
+        yield
+    finally:
+        _surviving = False
+
+
+def unread() -> bool:
+    """Whether standard output's reader has gone, since `surviving` was entered."""
+    return isinstance(_lost, BrokenPipeError)
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    _print(lambda: print(text, flush=True))
+
+
+def _print(printing: Callable[[], None]) -> None:
+    """Raises OSError where it fails, unless `surviving`."""
+    global _lost
+    try:
+        printing()
+    except OSError as error:
+        if not _surviving:
+            raise
+        streams.lost_output()  # what comes now is not told that it fails
+        _lost = error
+        if not unread():
+            with contextlib.suppress(OSError):
+                why = f"warning: standard output cannot be written ({error.strerror}); the run goes on in silence"
+                print(why, file=sys.stderr, flush=True)
 
 
 def table(title: str, entries: Mapping[str, object]) -> str:
@@ -64,17 +105,17 @@ class Progress:
     def step(self, step: int) -> None:
         """`step` optimizer steps are done."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            _print(lambda: self._bar.update(self._task, completed=step))
 
     def print(self, text: str) -> None:
         if self._bar is None:
-            print(text, flush=True)
+            say(text)
         else:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            _print(lambda: self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True))
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *exc) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            _print(self._bar.stop)

@@ -1,5 +1,6 @@
 """The rows of a run: their writer, and what its figures mean that are not FLOPs. docs/metrics.md says it to users."""
 
+import contextlib
 import errno
 import json
 import math
@@ -9,6 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from maxsep.config import ConfigError
+from maxsep.output import events
 from maxsep.output.durable import finite, write_text
 
 
@@ -60,6 +63,8 @@ def device_memory() -> dict[str, int]:
 class MetricsWriter:
     """Writes rows to `metrics.jsonl` and to TensorBoard events under `tensorboard/`.
 
+    What the disk does not take now is kept, and written when it does.
+
     Args:
         workdir: the run's folder, which must exist.
         from_step: the step that the run goes on from. Rows of later steps are removed, as is a line that a kill tore:
@@ -67,16 +72,31 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, from_step: int = 0):
-        from tensorboardX import SummaryWriter
+        self._workdir = workdir
+        self._waiting: list[tuple[bytes, bytes]] = []  # rows, and their events
+        self._open(from_step)
 
-        path = workdir / "metrics.jsonl"
+    def rewind(self, from_step: int) -> None:
+        """Goes back to a step, as a new writer does.
+
+        Raises:
+            OSError: the disk takes nothing.
+        """
+        self.flush()
+        self.close()
+        self._open(from_step)
+
+    def _open(self, from_step: int) -> None:
+        path = self._workdir / "metrics.jsonl"
         if path.exists():
-            write_text(path, "".join(f"{json.dumps(row)}\n" for row in read_rows(path) if row["step"] <= from_step))
-        self._file = path.open("ab", buffering=0)
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=from_step + 1, write_to_disk=True)
+            rows = [row for row in read_rows(path) if row["step"] <= from_step]
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+        self._rows = Appended(path)
+        self._events = Appended(events.new_file(self._workdir / "tensorboard"))
+        self._events.append(events.start(from_step + 1))
 
     def write(self, step: int, split: str, values: dict) -> dict:
-        """Writes one row, which is on disk when this returns.
+        """Takes one row; `flush` has it written.
 
         Args:
             step: finished optimizer steps.
@@ -86,26 +106,33 @@ class MetricsWriter:
 
         Returns:
             The row.
-
-        Raises:
-            OSError: the disk is full, or the like. What was written of the row counts as torn.
         """
         row = finite({"step": step, "split": split, **values})
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        if self._file.write(line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(self._file.fileno())
-        for name, value in values.items():
-            if name not in ("layers", "expert_shares"):
-                self._event(f"{split}/{name}", value, step)
+        scalars = {
+            f"{split}/{name}": value for name, value in values.items() if name not in ("layers", "expert_shares")
+        }
         for name, per_layer in values.get("layers", {}).items():
-            for layer, value in enumerate(per_layer):
-                self._event(f"{split}_layers/{name}/{layer}", value, step)
-        self._events.flush()
+            scalars |= {f"{split}_layers/{name}/{layer}": value for layer, value in enumerate(per_layer)}
+        shown = {tag: value for tag, value in scalars.items() if value is not None and math.isfinite(value)}
+        self._waiting.append((json.dumps(row, allow_nan=False).encode() + b"\n", events.scalars(step, shown)))
         return row
 
+    def flush(self) -> None:
+        """Has all rows on disk when it returns.
+
+        Raises:
+            OSError: the disk takes nothing, or the folder has gone. Calling again tries again.
+        """
+        self._rows.check()
+        while self._waiting:
+            row, event = self._waiting[0]
+            self._rows.append(row)
+            self._waiting[0] = (b"", event)  # if the other file fails
+            self._events.append(event)
+            self._waiting.pop(0)
+
     def close(self) -> None:
-        self._file.close()
+        self._rows.close()
         self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -114,15 +141,70 @@ class MetricsWriter:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _event(self, tag: str, value: float | None, step: int) -> None:
-        if value is not None and math.isfinite(value):
-            self._events.add_scalar(tag, value, step)
+
+class Appended:
+    """A file that grows by whole pieces: what a full disk has cut short is taken back."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("ab", buffering=0)
+
+    def check(self) -> None:
+        """Makes sure that it still is what its path names; where its folder is there again, it is made anew.
+
+        Raises:
+            OSError: it is not.
+        """
+        own = os.fstat(self._file.fileno())
+        try:
+            same = os.path.samestat(own, self._path.stat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            file = self._path.open("ab", buffering=0)
+            self._file.close()
+            self._file = file
+
+    def append(self, piece: bytes) -> None:
+        """Writes a piece, which is on disk when this returns.
+
+        Raises:
+            OSError: it is not, nor any of it.
+        """
+        if not piece:
+            return
+        self.check()
+        descriptor = self._file.fileno()
+        size = os.fstat(descriptor).st_size
+        try:
+            if self._file.write(piece) < len(piece):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The whole rows of a `metrics.jsonl`: all but a last line that a kill tore."""
+    """The rows of a `metrics.jsonl`. A last line that a kill tore is left out, and so are empty ones.
+
+    Raises:
+        ConfigError: another line is no row.
+    """
     rows = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            rows.append(json.loads(line))
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n") or not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row["step"], int) or not isinstance(row["split"], str):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"--workdir: {path}:{number} is damaged, it is no row of a run; takes the line as it was, or none"
+            ) from None
+        rows.append(row)
     return rows

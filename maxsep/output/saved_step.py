@@ -20,8 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
+from maxsep.cluster.job import ALONE, Job
 from maxsep.config import ConfigError
 from maxsep.output import tree
+from maxsep.output.console import say
 from maxsep.output.fingerprint import fingerprints
 
 # Replicas share the writing of an array from this size on, in bytes. Each slice is compiled once for every device, at
@@ -99,10 +101,10 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 class SavedStep:
-    """A step in its folder, named by its number."""
+    """A step in its folder, named by its number; `job` are the processes that read it together."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.step = folder, int(folder.name)
+    def __init__(self, folder: Path, job: Job = ALONE):
+        self.folder, self.step, self.job = folder, int(folder.name), job
         self._arrays = array_handler()
 
     @functools.cached_property
@@ -126,6 +128,42 @@ class SavedStep:
             return float(json.loads((self.folder / "metrics" / "metrics").read_bytes())["eval_loss"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def whole(self, wanted: Shapes, within: tuple[str, ...] = (), cast: bool = False) -> tuple[Arrays, dict]:
+        """The arrays under `within` that are wanted, by path, and the data beside them; compared with what was saved.
+
+        Args:
+            wanted: shapes, dtypes and shardings.
+            cast: the dtypes may be others than those that were saved.
+
+        Raises:
+            ConfigError: another model was saved.
+            Damaged: they are not as they were saved; in all processes.
+        """
+        out: Arrays = {}
+        for part in self._alike(lambda: self.parts(wanted, within, cast)):
+            # Without it arrays of 64 bits that are to be cast would be read as of 32.
+            with jax.enable_x64(jax.config.jax_enable_x64 or any(x.dtype.itemsize == 8 for x in part.values())):
+                arrays = self._alike(lambda part=part: self.read(part))
+                self.compare(arrays)
+                while arrays:  # one after the other, which frees what was read
+                    path, array = arrays.popitem()
+                    out[path] = array.astype(wanted[path].dtype)
+        if not self.record.state:
+            say(f"checkpoint of step {self.step} is of a version without fingerprints: damage would not be noticed")
+        return out, self.record.data
+
+    def _alike(self, part: Callable):
+        """What `part` returns, if nothing is damaged in any process."""
+        found, error = None, None
+        try:
+            found = part()
+        except Damaged as e:
+            error = str(e)
+        for member, other in zip(self.job.members, self.job.agree(error), strict=True):
+            if other is not None:
+                raise Damaged(other if self.job.count == 1 else f"{other} ({member})")
+        return found
 
     def parts(self, wanted: Shapes, within: tuple[str, ...] = (), cast: bool = False) -> list[Shapes]:
         """What to read of the arrays under `within` for the shapes and shardings that are wanted, as it was saved.

@@ -33,6 +33,7 @@ RESUME_MAY_CHANGE = (
     "train.checkpoint_every",
     "train.profile",
     "train.nonfinite_limit",
+    "train.rollbacks",
     "train.heartbeat_seconds",
     "train.watchdog_seconds",
     "train.deterministic",
@@ -50,6 +51,8 @@ RESUME_MAY_CHANGE = (
 SHARED = "takes a folder that all processes share"
 SHARED_SECONDS = 10.0  # until a file of another host is seen: network file systems remember what was not there
 CHECKPOINTS = "checkpoints"  # a step's folder in it appears when the step is saved whole
+
+RESULTS = ("metrics.jsonl", "summary.json", "tensorboard")  # what a run would write over
 
 # An evaluation may also be without drops, and in batches that fit the mesh.
 EVALUATION_MAY_CHANGE = (
@@ -86,7 +89,12 @@ def check_start(folder: Path, config: Config, training: bool) -> None:
     saved = has_checkpoint(folder)
     if not training and not saved:
         raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
-    if saved or (folder / "config.json").exists():
+    if not saved and not (folder / "config.json").exists():
+        for name in RESULTS:
+            if (folder / name).exists():
+                why = f"which has a {name} but no config.json: it is not a run's"
+                raise ConfigError(f"--workdir: got {folder}, {why}; takes a new folder, or that of a run")
+    else:
         check_resume(folder, config, may_change=RESUME_MAY_CHANGE if training else EVALUATION_MAY_CHANGE)
     if not saved:
         init_checkpoints(config)

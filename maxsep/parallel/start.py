@@ -54,7 +54,7 @@ def start(config: Config, fit_mesh: bool, training: bool = True, job: Job = ALON
 
     from maxsep.parallel.mesh import describe
 
-    devices = jax.devices()
+    devices = _devices()
     if fit_mesh and (devices[0].platform != "cpu" or (job.count > 1 and config.mesh.devices != len(devices))):
         config = fitted(config, len(devices), training)
         print(f"mesh fitted to {describe(devices)}: {config.mesh}", flush=True)
@@ -71,6 +71,23 @@ def start(config: Config, fit_mesh: bool, training: bool = True, job: Job = ALON
         _keep_programs()
     _check_memory(config, devices[: config.mesh.devices], training, len(job.here) / job.count)
     return config
+
+
+def _devices() -> list:
+    """JAX's devices.
+
+    Raises:
+        ConfigError: there are none of the kind that is asked for.
+    """
+    import jax
+
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as e:  # the latter where JAX_PLATFORMS=cuda, and there is no GPU
+        if (asked := os.environ.get("JAX_PLATFORMS")) is None:
+            raise
+        why = f" ({' '.join(str(e).split())})" if str(e) else ""
+        raise ConfigError(f"JAX_PLATFORMS: got {asked!r}, of which JAX finds no device here{why}; takes cpu") from e
 
 
 def _simulated(config: Config, fit_mesh: bool, job: Job) -> int:

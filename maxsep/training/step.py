@@ -96,19 +96,24 @@ class Program:
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(norm) & jnp.isfinite(metrics["total_loss"])
+            # Once too many in a row were not finite, nothing changes any more: the host learns of it a step late.
+            halted = state.skipped[1] >= self.config.train.nonfinite_limit
+            changes = finite & ~halted
             old = jax.tree.map(jax.reshard, state.params, self.zero_specs)
             updates, optimizer = self.optimizer.update(gradients, state.optimizer, old)
             new = optax.apply_updates(old, updates)
-            keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
+            keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(changes, a, b))
             params = jax.tree.map(jax.reshard, keep(new, old), self.param_specs)
             optimizer = keep(optimizer, state.optimizer)
             skipped = jnp.where(finite, state.skipped * jnp.array([1, 0], jnp.int32), state.skipped + 1)
+            skipped = jnp.where(halted, state.skipped, skipped)
+            step = state.step + ~halted
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(self.learning_rate(state.step - state.skipped[0])),  # counts updates
             "skipped": skipped,
         }
-        return TrainState(state.step + 1, params, optimizer, skipped), metrics
+        return TrainState(step, params, optimizer, skipped), metrics
 
     def _gradients(self, params, batch_abt, step):
         accumulation, model = self.config.train.accumulation, self.config.model

@@ -70,6 +70,7 @@ def summarise(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> 
         **{name: median(name) for name in ("tokens_per_second", "step_seconds", "mfu")},
         "seconds": seconds,
         "skipped_steps": trained[-1]["skipped_steps"],
+        "rollbacks": trained[-1].get("rollbacks", 0),
         "layout": config.layout,
         "bubble": run.bubble,
         "mesh": config.mesh.sizes,

@@ -137,6 +137,7 @@ def test_a_run_that_goes_on_saves_the_step_again(whole, tmp_path, capsys):
         flip(path, 8 * (path.stat().st_size // 2))
     with Checkpoints(trial) as checkpoints:
         assert checkpoints.restore(abstract(mesh_of(1, 1))).step == 1
+        checkpoints.go_on_from(1)
         assert checkpoints.all_steps() == [1]
         checkpoints.save(2, filled(abstract(mesh_of(1, 1)), 2), {"position": 20})
         assert (bits(checkpoints.restore(abstract(mesh_of(1, 1))).state), {"position": 20}) == saved[2]

@@ -124,10 +124,13 @@ def test_a_disk_that_is_too_full_for_a_row_is_told(call, workdir, finished_run, 
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        status, _, err = call(workdir, train__checkpoint_every=1)
+        status, out, err = call(workdir, train__checkpoint_every=1)
     assert status == cli.SAVE_FAILED
-    assert err.startswith(f"error: cannot write metrics.jsonl in {workdir}: No space left on device; ")
-    assert err.count("\n") == 1
+    assert err == f"error: the last save failed; see above. {workdir} has the one before it\n"
+    why = f"metrics.jsonl cannot be written in {workdir}: No space left on device"
+    assert out.count(f"warning: {why}; its rows are kept until it can\n") == 1
+    assert f"warning: checkpoint of step 3 was not saved: {why}\n" in out
+    assert max(checkpoints(workdir)) == 2
     assert call(workdir)[0] == cli.DONE
     assert kill.figures(workdir) == kill.figures(finished_run)
     assert kill.state(workdir) == kill.state(finished_run)
@@ -136,7 +139,7 @@ def test_a_disk_that_is_too_full_for_a_row_is_told(call, workdir, finished_run, 
 def test_a_second_signal_ends_it_at_once():
     code = (
         "from signal import SIGINT, SIGTERM, raise_signal\n"
-        "from maxsep.training.signals import Stop\n"
+        "from maxsep.cluster.signals import Stop\n"
         "with Stop() as stop:\n"
         "    raise_signal(SIGTERM); print(stop.asked, flush=True); raise_signal(SIGINT); print('not reached')"
     )

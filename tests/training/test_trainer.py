@@ -24,7 +24,7 @@ def test_what_a_run_writes_and_prints(call, workdir):
     status, out, err = call(workdir)
     assert (status, err) == (cli.DONE, "")
     written = {path.name for path in workdir.iterdir()}
-    assert written == {"config.json", "checkpoints", "metrics.jsonl", "summary.json", "tensorboard"}
+    assert written == {"config.json", "checkpoints", "metrics.jsonl", "summary.json", "tensorboard", "lock"}
     summary = json.loads((workdir / "summary.json").read_text())
     rows = kill.figures(workdir)
     assert summary["steps"] == 4 and summary["mesh"] == {"stage": 1, "attention": 1, "expert": 1}

@@ -1,6 +1,12 @@
-"""SIGTERM and SIGINT end a run after its current step, saved; a second signal ends it at once."""
+"""SIGTERM, SIGINT and SIGHUP end a run after its current step, saved; a second signal ends it at once."""
 
 import signal
+
+
+def stopping() -> list[signal.Signals]:
+    """The signals that ask a program to end. One that it was started to ignore, as by nohup, asks nothing."""
+    asking = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    return [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Stop:
@@ -10,7 +16,7 @@ class Stop:
         self.asked: str | None = None
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._on) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._on) for number in stopping()}
         return self
 
     def __exit__(self, *exc) -> None:
