@@ -301,7 +301,7 @@ class Job:
             self._send_home(end, end)
         if next(member for member in self.here if member != lost) == self.members[self.index]:  # one speaks on a host
             with contextlib.suppress(OSError):  # nobody listens
-                os.write(2, f"error: {end.message}\n".encode())
+                os.write(2, f"error: {end.message}\n".encode(errors="backslashreplace"))
         if end.status == cli.PEER_LOST and self.folder is not None:
             with contextlib.suppress(OSError), (self.folder / f"stacks-{self.index}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)

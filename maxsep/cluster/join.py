@@ -8,14 +8,13 @@ import sys
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from typing import TextIO
 
 from absl import flags
 
 from maxsep.cluster import process, rollcall
 from maxsep.cluster.job import ALONE, End, Job
 from maxsep.cluster.signals import stopping
-from maxsep.config import cli, fields
+from maxsep.config import cli, fields, streams
 
 ALIKE = ("maxsep", "jax", "jaxlib")  # packages whose versions have to be the same in all processes
 
@@ -64,7 +63,7 @@ def joined(args: cli.Args, folder: Path | None) -> Iterator[Job]:
     _exit(job, error)
 
 
-def _output(first: bool) -> TextIO:
+def _output(first: bool) -> streams.Output:
     """Standard output of the program; to that of the libraries below it, which tell of each connection, nobody listens.
 
     Nor to what other processes than the first say.
@@ -73,7 +72,7 @@ def _output(first: bool) -> TextIO:
     ours = os.dup(number if first else nowhere)
     os.dup2(nowhere, number)
     encoding, errors = sys.stdout.encoding, sys.stdout.errors
-    return open(ours, "w", buffering=1, encoding=encoding, errors=errors)
+    return streams.Output(open(ours, "w", buffering=1, encoding=encoding, errors=errors))
 
 
 def _exit(job: Job, error: Exception | None) -> None:

@@ -111,7 +111,7 @@ def run(
 
 def answer(error: BaseException) -> int:
     """Tells the user what has ended the program; the exit status."""
-    lost = streams.lost_output() if isinstance(error, OSError) else None
+    lost = streams.lost() if isinstance(error, OSError) else None
     if isinstance(lost, BrokenPipeError):  # the reader has seen enough, as `head` has
         return UNREAD
     if lost is not None:

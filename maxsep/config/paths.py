@@ -24,6 +24,18 @@ def named(field: str, value: str) -> Path:
     return path
 
 
+def check_utf8(field: str, path: Path) -> None:
+    """Refuses a folder that libraries in C++ could not name.
+
+    Raises:
+        ConfigError: the path is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{field}: got {str(path)!r}, which is not UTF-8; takes a path that is") from None
+
+
 def to_write(field: str, value: str) -> Path:
     """As `named`, of a file that is to be written later.
 
@@ -66,6 +78,7 @@ def run_folder(path: str, exists: bool, written: bool = True) -> Path:
     if not path:
         raise ConfigError("--workdir: got '', which is no folder; takes a folder")
     folder = named("--workdir", path).resolve()
+    check_utf8("--workdir", folder)
     if exists and not folder.is_dir():
         raise ConfigError(f"--workdir: got {path}, which does not exist; takes the folder of a run")
     if not written:

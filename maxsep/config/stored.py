@@ -1,20 +1,28 @@
 """The config that a run was started with, as its folder keeps it. output/workdir.py writes it."""
 
+import hashlib
 import json
 from pathlib import Path
 
 from maxsep.config.schema import Config, ConfigError, from_config_dict
 
 
+def checksum(content: dict) -> str:
+    """Of JSON values, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_config(workdir: Path) -> tuple[Config, dict]:
     """The config of the run in `workdir`, and all of its `config.json`.
 
     Raises:
-        ConfigError: it is missing, no JSON, or of another version of the schema.
+        ConfigError: it is missing, damaged, or of another version of the schema.
     """
     path = workdir / "config.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if record.pop("checksum", None) not in (None, checksum(record)):  # None: by an older version
+            raise ConfigError("damaged, or edited: it does not have its checksum; takes it as it was, and flags")
         return from_config_dict(record["config"]), record
     except FileNotFoundError:
         raise ConfigError(f"--workdir: {workdir} has no config.json; takes the folder of a run") from None

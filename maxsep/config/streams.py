@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Callable
+from typing import TextIO
 
 
 def ready() -> None:
@@ -20,16 +22,44 @@ def ready() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stdout, Output):
+        sys.stdout = Output(sys.stdout)
 
 
-def lost_output() -> OSError | None:
-    """Why standard output cannot be written, if so; from then on it is /dev/null.
+class Output:
+    """Standard output, which remembers why it could not be written; all else is the stream's own."""
 
-    BrokenPipeError: its reader has gone, as `head` has when it has seen enough.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._lost: OSError | None = None
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._tried(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def lost(self) -> OSError | None:
+        """Why it could not be written, if so: it is /dev/null from now on.
+
+        BrokenPipeError: its reader has gone, as `head` has when it has seen enough.
+        """
+        error, self._lost = self._lost, None
+        if error is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
         return error
-    return None
+
+    def _tried(self, part: Callable):
+        try:
+            return part()
+        except OSError as error:
+            self._lost = error
+            raise
+
+
+def lost() -> OSError | None:
+    """As `Output.lost`, of standard output."""
+    return sys.stdout.lost() if isinstance(sys.stdout, Output) else None

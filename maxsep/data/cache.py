@@ -16,6 +16,7 @@ def root(cache: str | None) -> Path:
     folder = paths.named("data.cache", cache) if cache else paths.user_cache()
     if folder is None:
         raise ConfigError("data.cache: got None; takes a folder to write to, as this user has no home")
+    paths.check_utf8("data.cache", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

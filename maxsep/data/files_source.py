@@ -56,7 +56,7 @@ class FilesSource:
             if not os.access(path, os.R_OK):
                 files.check(path)  # which knows why, and has the last word
         self.description = f"{len(self.paths)} file{'s' * (len(self.paths) > 1)}, {pattern}"
-        name = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:16]
+        name = hashlib.sha256(os.path.abspath(pattern).encode(errors="surrogateescape")).hexdigest()[:16]
         self._scans_file = cache_folder / "scans" / f"{name}.json"
 
     @property

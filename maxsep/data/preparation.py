@@ -19,8 +19,9 @@ import numpy as np
 
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, cli
+from maxsep.config.stored import checksum
 from maxsep.data import cache, packing, sources, tokenizer
-from maxsep.data.records import FORMAT, Corpus, Damaged, checksum
+from maxsep.data.records import FORMAT, Corpus, Damaged
 from maxsep.output.durable import write_json
 
 LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work

@@ -19,6 +19,7 @@ from typing import SupportsIndex
 import numpy as np
 
 from maxsep.config import ConfigError
+from maxsep.config.stored import checksum
 
 FORMAT = 1
 PAD = -1
@@ -141,10 +142,6 @@ def check_shard(folder: Path, shard: dict) -> None:
         raise Damaged(path, error) from None
     if count != shard["records"]:
         raise Damaged(path, f"{count} records, not {shard['records']}")
-
-
-def checksum(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def open_shard(path: Path):

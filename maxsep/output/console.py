@@ -41,7 +41,7 @@ def _print(printing: Callable[[], None]) -> None:
     except OSError as error:
         if not _surviving:
             raise
-        streams.lost_output()  # what comes now is not told that it fails
+        streams.lost()  # nothing more comes of printing, nor fails
         _lost = error
         if not unread():
             with contextlib.suppress(OSError):

@@ -8,7 +8,6 @@ on another step.
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from orbax.checkpoint import type_handlers
 
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import ConfigError
+from maxsep.config.stored import checksum
 from maxsep.output import tree
 from maxsep.output.console import say
 from maxsep.output.fingerprint import fingerprints
@@ -70,7 +70,7 @@ class Record:
     def to_json(self) -> dict:
         content = {"step": self.step, "data": self.data, "eval_loss": self.eval_loss, "state": self.state}
         content = json.loads(json.dumps(content))
-        return content | {"checksum": _checksum(content)}
+        return content | {"checksum": checksum(content)}
 
     @classmethod
     def from_json(cls, step: int, content: dict, old_loss: Callable[[], float | None]) -> "Record":
@@ -81,16 +81,12 @@ class Record:
         """
         if set(content) == {"position"}:  # by a version without fingerprints
             return cls(step, content, old_loss(), {})
-        if content.pop("checksum", None) != _checksum(content):
+        if content.pop("checksum", None) != checksum(content):
             raise Damaged("its record does not have the checksum that it was saved with")
         if content["step"] != step:
             raise Damaged(f"it is the step {content['step']}")
         leaves = {name: Leaf(*values) for name, values in content["state"].items()}
         return cls(step, content["data"], content["eval_loss"], leaves)
-
-
-def _checksum(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:

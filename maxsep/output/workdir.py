@@ -8,6 +8,7 @@ summary.json     the result, at the end
 
 import dataclasses
 import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from maxsep.cluster.job import Job
 from maxsep.config import Config, ConfigError, fields, paths
-from maxsep.config.stored import read_config
-from maxsep.output.durable import write_json
+from maxsep.config.stored import checksum, read_config
+from maxsep.output.durable import finite, write_json
 
 # What may change when a run goes on: what changes its result by rounding at most, or only how long it runs and what it
 # tells. Everything else is part of what the run means. A name ending in a dot stands for all fields of its section.
@@ -260,7 +261,8 @@ def write_config(workdir: Path, config: Config, corpus_fingerprint: str, tokeniz
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
     }
-    write_json(workdir / "config.json", record)
+    record = json.loads(json.dumps(finite(record)))  # as it will be read
+    write_json(workdir / "config.json", record | {"checksum": checksum(record)})
 
 
 def _git_commit() -> str | None:

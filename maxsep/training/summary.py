@@ -20,7 +20,7 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> Non
     """
     path = folder / "summary.json"
     summary = summarise(run, corpus, folder, seconds)
-    before = json.loads(path.read_text(encoding="utf-8")) if seconds is None and path.exists() else {}
+    before = _before(path) if seconds is None else {}
     if before.get("steps") == summary["steps"]:
         summary = before
     else:  # there is none, or it is of fewer steps: the run was killed before it wrote that of these
@@ -43,9 +43,22 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> Non
         )
     )
     here = paths.shown(folder)
-    again = ["python", "train.py", f"--workdir={here}", f"--config.train.steps={2 * summary['steps']}"]
-    console.say(f"complete a text: {shlex.join(['python', 'infer.py', f'--workdir={here}', '--prompt=Return the'])}")
-    console.say(f"train on, at the last learning rate: {shlex.join(again)}")
+
+    def command(program: str, flag: str) -> str:
+        return shlex.join(["python", str(paths.shown(paths.REPOSITORY / program)), f"--workdir={here}", flag])
+
+    console.say(f"complete a text: {command('infer.py', '--prompt=Return the')}")
+    more = f"--config.train.steps={2 * summary['steps']}"
+    console.say(f"train on, at the last learning rate: {command('train.py', more)}")
+
+
+def _before(path: Path) -> dict:
+    """The summary there is; empty where there is none, or a damaged one: it follows from the rows."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def summarise(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> dict:

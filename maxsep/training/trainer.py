@@ -39,7 +39,7 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
     job.at("starting")
     mesh = make_mesh(config)
     peak = flops.machine_peak(list(mesh.devices.flat), config.model.dtype)
-    with jax.set_mesh(mesh), ExitStack() as stack:
+    with jax.set_mesh(mesh), console.surviving(), ExitStack() as stack:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
         state = None if saved else run.new_state(job)  # may refuse train.init_from: before anything is written
@@ -65,7 +65,6 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
                 writer = stack.enter_context(MetricsWriter(folder, at.step))
         except OSError as e:
             raise ConfigError(f"--workdir: cannot write to {folder}: {e.strerror}") from e
-        stack.enter_context(console.surviving())
         if finished:
             console.say(f"this run has finished its {at.step} steps; with more --config.train.steps it goes on")
         else:
