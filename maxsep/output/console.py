@@ -42,8 +42,8 @@ def _print(printing: Callable[[], None]) -> None:
         if not _surviving:
             raise
         streams.lost()  # nothing more comes of printing, nor fails
-        _lost = error
-        if not unread():
+        told, _lost = _lost is not None, error
+        if not told and not unread():
             with contextlib.suppress(OSError):
                 why = f"warning: standard output cannot be written ({error.strerror}); the run goes on in silence"
                 print(why, file=sys.stderr, flush=True)

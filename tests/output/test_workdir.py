@@ -102,6 +102,34 @@ def test_a_run_without_its_tokenizers_content_goes_by_the_name(workdir, given, a
         folder.check_tokenizer(workdir, replaced(Config(), "data.tokenizer", given), "tokenizer-2")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "tensorboard"])
+def test_what_another_program_has_made_is_not_written_over(workdir, name):
+    (workdir / name).mkdir(parents=True) if name == "tensorboard" else workdir.mkdir()
+    if name != "tensorboard":
+        (workdir / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"^--workdir: got {workdir}, which has a {name} but no config.json"):
+        folder.check_start(workdir, Config(), training=True)
+    (workdir / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        folder.check_start(workdir, Config(), training=True)
+
+
+def test_what_is_not_of_a_run_may_lie_beside_it(workdir):
+    (workdir / "checkpoints").mkdir(parents=True)  # as a kill right at the start leaves it
+    (workdir / "log.txt").write_text("mine")
+    folder.check_start(workdir, Config(), training=True)
+
+
+@pytest.mark.parametrize("old, new", [("0.001", "0.002"), ("corpus-1", "corpus-2"), ('"seed": 0', '"seed": 1')])
+def test_a_changed_config_json_is_told(run, old, new):
+    path = run / "config.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=rf"^{path}: damaged, or edited: it does not have its checksum"):
+        folder.check_resume(run, Config())
+
+
 def test_more_steps_leave_the_schedule_alone(run):
     longer = replaced(Config(), "train.steps", 5000)
     assert folder.resolve(longer).optimizer.decay_steps == 5000

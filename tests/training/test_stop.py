@@ -53,7 +53,7 @@ def test_a_save_that_fails_on_the_way_is_told_and_training_goes_on(call, workdir
     assert max(checkpoints(workdir)) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step(call, workdir, finished_run, monkeypatch, number):
     """The evaluation that was due then is made when it goes on."""
     handler = signal.getsignal(number)
@@ -134,6 +134,79 @@ def test_a_disk_that_is_too_full_for_a_row_is_told(call, workdir, finished_run, 
     assert call(workdir)[0] == cli.DONE
     assert kill.figures(workdir) == kill.figures(finished_run)
     assert kill.state(workdir) == kill.state(finished_run)
+
+
+class Unwritable:
+    """Standard output that takes nothing."""
+
+    def __init__(self, error, tmp_path):
+        self.error, self.file = error, (tmp_path / "output").open("w")
+
+    def write(self, text):
+        raise self.error
+
+    flush = isatty = lambda self: False
+
+    def fileno(self):
+        return self.file.fileno()
+
+
+@pytest.mark.parametrize("eof", [True, False])
+def test_output_that_nobody_takes(call, workdir, finished_run, tmp_path, monkeypatch, eof):
+    """Where its reader has gone, a run ends as after a signal; on a full disk it goes on."""
+    error = BrokenPipeError() if eof else OSError(errno.ENOSPC, "No space left on device")
+    output = Unwritable(error, tmp_path)
+    with monkeypatch.context() as patched:
+        at_step(patched, 1, lambda: patched.setattr(sys.stdout, "_stream", output))
+        status, _, err = call(workdir)
+    output.file.close()
+    if eof:
+        assert status == cli.STOPPED
+        (saved,) = checkpoints(workdir)
+        assert err == f"error: SIGPIPE: stopped after step {saved}, saved; the same command goes on from there\n"
+        assert call(workdir)[0] == cli.DONE
+    else:
+        told = "warning: standard output cannot be written (No space left on device); the run goes on in silence\n"
+        assert (status, err) == (cli.DONE, told)
+    assert kill.state(workdir) == kill.state(finished_run)
+    assert (workdir / "summary.json").exists()
+
+
+def test_a_folder_that_is_removed_is_told_at_once_and_used_when_it_is_there_again(call, workdir, monkeypatch):
+    """So is what was full: saving goes on where it can."""
+
+    def remove():
+        while not (workdir / "checkpoints" / "2").exists():  # else the save under way makes the folder anew
+            time.sleep(0.01)
+        workdir.rename(workdir.with_name("gone"))
+
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, remove)
+        at_step(patched, 6, workdir.mkdir)
+        status, out, err = call(workdir, train__checkpoint_every=2, train__steps=8, train__log_every=3)
+    assert (status, err) == (cli.DONE, "")
+    lines = out.splitlines()
+    told = f"warning: metrics.jsonl cannot be written in {workdir}: No such file or directory; its rows are kept"
+    (at,) = (number for number, line in enumerate(lines) if line.startswith(told))
+    assert lines[at - 1].startswith("step 3/8")
+    assert f"warning: checkpoint of step 4 was not saved: {told[9 : told.index(';')]}" in lines
+    assert "metrics.jsonl is written again" in lines
+    assert checkpoints(workdir)[-1] == 8 and (workdir / "config.json").exists()
+    assert steps(workdir, "train") == [3, 6, 8]
+    assert call(workdir, train__steps=9)[0] == cli.DONE
+
+
+def test_signals_that_are_ignored_stay_so():
+    """As with nohup."""
+    code = (
+        "from signal import SIG_IGN, SIGHUP, raise_signal, signal\n"
+        "from maxsep.cluster.signals import Stop\n"
+        "signal(SIGHUP, SIG_IGN)\n"
+        "with Stop() as stop:\n"
+        "    raise_signal(SIGHUP); print(stop.asked)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "None\n")
 
 
 def test_a_second_signal_ends_it_at_once():

@@ -187,27 +187,6 @@ def test_parameters_that_are_not_there_are_told_before_data_is_prepared(call, fi
     assert not workdir.exists()
 
 
-def test_halts_on_non_finite_values(call, workdir):
-    flags = {"optimizer__learning_rate": 1e30, "train__nonfinite_limit": 2, "train__checkpoint_every": 1}
-    flags |= {"model__dtype": "float32"}  # which such a rate leaves
-    status, out, err = call(workdir, train__steps=9, **flags)
-    assert status == cli.NONFINITE
-    assert re.fullmatch(r"error: halted after step \d: loss or gradients were not finite [23] steps in a row .*\n", err)
-    assert "skipped, 1 in a row" in out and "skipped, 2 in a row" in out
-    rows = kill.figures(workdir)
-    last = max(step for step, _ in rows)
-    assert last < 9 and rows[last, "train"]["grad_norm"] is None and rows[last, "train"]["skipped_steps"] >= 2
-    assert checkpoints(workdir) == [last - 1, last]
-    old, new = kill.state(workdir, last - 1), kill.state(workdir, last)
-    assert {name for name in old if old[name] != new[name]} == {"['skipped']", "['step']"}
-    assert all(np.isfinite(np.frombuffer(leaf, np.float32)).all() for name, leaf in new.items() if "params" in name)
-    assert not (workdir / "summary.json").exists()
-
-    status, _, err = call(workdir, train__steps=9, **flags)  # the next batches may be better; these are not
-    assert status == cli.NONFINITE and err.startswith("error: halted after step ")
-    assert last < max(steps(workdir, "train")) <= last + 2
-
-
 def test_a_result_that_is_not_finite_is_told_as_such(call, workdir, monkeypatch):
     figures = Run.figures
     monkeypatch.setattr(Run, "figures", lambda *args, **options: figures(*args, **options) | {"loss": np.nan})
