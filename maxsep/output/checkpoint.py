@@ -65,7 +65,10 @@ class Checkpoints:
             todelete_subdir=TRASH,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._sweep),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._sweep,
+                create_directories_asynchronously=False,  # else threads wait for minutes for one that cannot be made
+            ),
         )
         handlers = {STATE: array_handler(), RECORD: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
@@ -88,7 +91,6 @@ class Checkpoints:
         """
         if step in self.all_steps():
             return
-        self._directory_again()
         arrays = tree.named(state)
         record, infinite = Record.of(step, data, eval_loss, {".".join(path): array for path, array in arrays.items()})
         if infinite:
@@ -100,17 +102,21 @@ class Checkpoints:
         }
         self._saving, self._losses[step] = step, _or_infinite(eval_loss)
         try:
+            self._directory_again()
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as e:
             raise self._failed(e) from e
 
     def _directory_again(self) -> None:
-        """Makes the folder anew where it has gone, if the run's own is there."""
+        """Makes the folder anew where it has gone; Orbax would make the run's own too, where a disk is not mounted.
+
+        Raises:
+            OSError: the run's folder is not there.
+        """
         if self.directory.is_dir():
             return
         if self._writes:
-            with contextlib.suppress(OSError):  # saving tells
-                self.directory.mkdir(exist_ok=True)
+            self.directory.mkdir(exist_ok=True)
         self._manager.reload()
 
     def wait(self) -> None:

@@ -15,6 +15,7 @@ from maxsep import ablate
 from maxsep.ablation import child
 from maxsep.ablation.session import Session
 from maxsep.config import cli
+from maxsep.output.lock import Lock
 
 
 def arguments(data, folder, runs: str, *more: str, **changed) -> list[str]:
@@ -69,6 +70,14 @@ def test_a_fault_is_told_and_what_has_finished_is_kept(data, tmp_path, capsys, m
     ):
         assert ablate.run([*argv, f"--config.{field}={other}"]) == cli.USER_ERROR, "its figures would be another's"
         assert capsys.readouterr()[1] == f"error: {field}: {told}\n"
+
+
+def test_a_second_ablation_in_its_folder_is_refused(data, tmp_path, capsys):
+    with Lock(tmp_path):
+        assert ablate.run(arguments(data, tmp_path, "ma:1x2,tp:2x1")) == cli.USER_ERROR
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: --workdir: {tmp_path} is in use by process ")
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 @pytest.mark.slow

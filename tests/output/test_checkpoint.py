@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -218,6 +219,30 @@ def test_a_failed_save_is_told_and_the_next_one_succeeds(tmp_path):
         checkpoints.save(3, states[2], {})
         assert bits(checkpoints.restore(shapes).state) == bits(states[2])
         assert bits(checkpoints.restore(shapes, 1).state) == bits(states[0])
+
+
+@pytest.mark.parametrize("there", ["nothing", "a file"])
+def test_a_folder_that_has_gone_is_told_and_used_when_it_is_there_again(tmp_path, there):
+    """And nothing waits for it: neither a thread, at the program's end, nor the next save."""
+    shapes = abstract(mesh_of(1, 1))
+    state, before = filled(shapes, 12), set(threading.enumerate())
+    folder = tmp_path / "run" / "checkpoints"
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        folder.parent.rename(tmp_path / "gone")
+        if there == "a file":
+            folder.parent.write_text("")
+        with pytest.raises(SaveError, match=rf"^checkpoint of step 2 was not saved in {folder}: "):
+            checkpoints.save(2, state, {})
+            checkpoints.wait()
+        if there == "a file":
+            folder.parent.unlink()
+        folder.parent.mkdir()
+        checkpoints.save(3, state, {})
+        assert checkpoints.all_steps() == [3]
+    left = [thread.name for thread in set(threading.enumerate()) - before if not thread.daemon]
+    assert left == []
 
 
 def test_a_folder_that_vanishes_is_told(tmp_path):
