@@ -258,11 +258,8 @@ class Checkpoints:
             return
         if self.job.first:
             for number in later:
-                aside = (
-                    self.directory
-                    / (DAMAGED if number in self._damaged else TRASH)
-                    / f"{number}-{uuid.uuid4().hex[:8]}"
-                )
+                where = DAMAGED if number in self._damaged else TRASH
+                aside = self.directory / where / f"{number}-{uuid.uuid4().hex[:8]}"
                 aside.parent.mkdir(exist_ok=True)
                 (self.directory / str(number)).rename(aside)
                 if number in self._damaged:
