@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from programs import run, trained
 from small import ROWS, SEED, config
+from states import filled
 
 import train
 from maxsep.config import cli
@@ -76,11 +77,7 @@ def test_a_checkpoint_moves_between_all_layouts(tmp_path):
         model, train = {"layers": 4}, {"batch_size": 64, "accumulation": 4}
         return run(config(mesh, layout, model=model, train=train, optimizer={"zero1": True})).abstract_state
 
-    rng = np.random.default_rng(SEED)
-    shapes = abstract("zero", (2, 2, 4))
-    saved = jax.tree.map(
-        lambda x: jax.device_put(np.frombuffer(rng.bytes(x.size * 4), x.dtype).reshape(x.shape), x.sharding), shapes
-    )
+    saved = filled(abstract("zero", (2, 2, 4)), SEED)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, saved, {})
         for layout in ROWS:
