@@ -121,7 +121,7 @@ class Loop:
                 f"loss or gradients were not finite {self.skipped} steps in a row (train.nonfinite_limit)"
             )
             good = at.step - max(self.skipped, 1)
-            if at.rollbacks == self.settings.rollbacks or not self.checkpoints.steps_up_to(good):
+            if at.rollbacks >= self.settings.rollbacks or not self.checkpoints.steps_up_to(good):
                 break
             del state  # makes room for the one that is read
             state, at = self.roll_back(at, good, what)

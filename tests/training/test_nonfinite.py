@@ -113,6 +113,7 @@ def test_halts_exactly_at_the_limit(call, workdir, poisoned):
     assert rows[9, "train"]["skipped_steps"] == 3 and len(steps(workdir, "train")) == 9
 
 
+@pytest.mark.slow
 def test_what_stays_bad_halts_after_its_rollbacks(call, workdir, poisoned):
     poisoned(*range(4, 17))
     flags = {"train__nonfinite_limit": 2, "train__checkpoint_every": 1, "train__rollbacks": 2, "train__steps": 9}
@@ -123,6 +124,7 @@ def test_what_stays_bad_halts_after_its_rollbacks(call, workdir, poisoned):
     assert parameters(workdir, 5) == parameters(workdir, 4)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_before_them_it_halts_at_once(call, workdir, poisoned):
     poisoned(1, 2)
     status, _, err = call(workdir, train__nonfinite_limit=2, train__checkpoint_every=1)
@@ -147,6 +149,7 @@ def test_a_state_that_is_not_finite_is_rolled_back_and_never_saved(call, workdir
     assert checkpoints(workdir) == [4, 6] and steps(workdir, "train") == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_rates_that_no_float32_holds_halt(call, workdir):
     flags = {"optimizer__learning_rate": 1e30, "train__nonfinite_limit": 2, "train__checkpoint_every": 1}
     status, out, err = call(workdir, train__steps=9, model__dtype="float32", **flags)
