@@ -1,5 +1,6 @@
 """One job at a time writes in a folder: a lock that the kernel takes back from a process that dies."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -7,7 +8,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import ConfigError
@@ -29,7 +30,7 @@ class Lock:
 
     def __init__(self, folder: Path, job: Job = ALONE):
         self.folder, self.job = folder, job
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
 
     def take(self) -> None:
         """Takes it, if this process does not have it, the folder is there, and it is the first of its job."""
@@ -37,14 +38,14 @@ class Lock:
             return
         path = self.folder / NAME
         try:
-            file = path.open("a+", encoding="utf-8")
+            file = path.open("a+b", buffering=0)  # closing has nothing left to write, also on a full disk
         except OSError as e:
             raise ConfigError(f"--workdir: cannot write to {self.folder}: {e.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            who = " ".join(file.read().split()) or "another process"
+            who = " ".join(file.read().decode(errors="replace").split()) or "another process"
             file.close()
             raise ConfigError(
                 f"--workdir: {self.folder} is in use by {who}; takes a folder that no other job writes in"
@@ -55,13 +56,10 @@ class Lock:
             what = f"warning: {self.folder} cannot be locked ({e.strerror}): see that no other job writes in it"
             print(what, file=sys.stderr, flush=True)
         self._file = file
-        with_time = time.strftime("%Y-%m-%d %H:%M:%S")
-        try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {with_time}\n")
-            file.flush()
-        except OSError:  # a full disk: the lock holds without
-            pass
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
 
     def __enter__(self) -> "Lock":
         self.take()
