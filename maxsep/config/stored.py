@@ -1,15 +1,10 @@
 """The config that a run was started with, as its folder keeps it. output/workdir.py writes it."""
 
-import hashlib
 import json
 from pathlib import Path
 
+from maxsep.config.checksum import checksum
 from maxsep.config.schema import Config, ConfigError, from_config_dict
-
-
-def checksum(content: dict) -> str:
-    """Of JSON values, whatever the order of their names."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(workdir: Path) -> tuple[Config, dict]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, cli
-from maxsep.config.stored import checksum
+from maxsep.config.checksum import checksum
 from maxsep.data import cache, packing, sources, tokenizer
 from maxsep.data.records import FORMAT, Corpus, Damaged
 from maxsep.output.durable import write_json

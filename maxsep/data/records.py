@@ -19,7 +19,7 @@ from typing import SupportsIndex
 import numpy as np
 
 from maxsep.config import ConfigError
-from maxsep.config.stored import checksum
+from maxsep.config.checksum import checksum
 
 FORMAT = 1
 PAD = -1

@@ -164,10 +164,6 @@ class Checkpoints:
         self.wait()
         return sorted(self._manager.all_steps())
 
-    def latest_step(self) -> int | None:
-        """The newest saved step. Waits for the save under way."""
-        return max(self.all_steps(), default=None)
-
     def best_step(self) -> int | None:
         """The step of the lowest `eval_loss` among those that have one. Waits for the save under way."""
         losses = {step: loss for step in self.all_steps() if (loss := self._loss(step)) < math.inf}

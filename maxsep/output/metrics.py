@@ -1,10 +1,7 @@
 """The rows of a run: their writer, and what its figures mean that are not FLOPs. docs/metrics.md says it to users."""
 
-import contextlib
-import errno
 import json
 import math
-import os
 from pathlib import Path
 
 import jax
@@ -12,7 +9,7 @@ import numpy as np
 
 from maxsep.config import ConfigError
 from maxsep.output import events
-from maxsep.output.durable import finite, write_text
+from maxsep.output.durable import Appended, finite, write_text
 
 
 def perplexity(loss: float) -> float:
@@ -140,52 +137,6 @@ class MetricsWriter:
 
     def __exit__(self, *exc) -> None:
         self.close()
-
-
-class Appended:
-    """A file that grows by whole pieces: what a full disk has cut short is taken back."""
-
-    def __init__(self, path: Path):
-        self._path, self._file = path, path.open("ab", buffering=0)
-
-    def check(self) -> None:
-        """Makes sure that it still is what its path names; where its folder is there again, it is made anew.
-
-        Raises:
-            OSError: it is not.
-        """
-        own = os.fstat(self._file.fileno())
-        try:
-            same = os.path.samestat(own, self._path.stat())
-        except FileNotFoundError:
-            same = False
-        if not same:
-            file = self._path.open("ab", buffering=0)
-            self._file.close()
-            self._file = file
-
-    def append(self, piece: bytes) -> None:
-        """Writes a piece, which is on disk when this returns.
-
-        Raises:
-            OSError: it is not, nor any of it.
-        """
-        if not piece:
-            return
-        self.check()
-        descriptor = self._file.fileno()
-        size = os.fstat(descriptor).st_size
-        try:
-            if self._file.write(piece) < len(piece):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, size)
-            raise
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -21,7 +21,7 @@ from orbax.checkpoint import type_handlers
 
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import ConfigError
-from maxsep.config.stored import checksum
+from maxsep.config.checksum import checksum
 from maxsep.output import tree
 from maxsep.output.console import say
 from maxsep.output.fingerprint import fingerprints

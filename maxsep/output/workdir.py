@@ -19,7 +19,8 @@ from pathlib import Path
 
 from maxsep.cluster.job import Job
 from maxsep.config import Config, ConfigError, fields, paths
-from maxsep.config.stored import checksum, read_config
+from maxsep.config.checksum import checksum
+from maxsep.config.stored import read_config
 from maxsep.output.durable import finite, write_json
 
 # What may change when a run goes on: what changes its result by rounding at most, or only how long it runs and what it

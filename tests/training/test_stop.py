@@ -53,7 +53,7 @@ def test_a_save_that_fails_on_the_way_is_told_and_training_goes_on(call, workdir
     assert max(checkpoints(workdir)) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step(call, workdir, finished_run, monkeypatch, number):
     """The evaluation that was due then is made when it goes on."""
     if signal.getsignal(number) == signal.SIG_IGN:  # of the tests, as under nohup: it would be ignored here too
