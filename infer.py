@@ -5,6 +5,7 @@ from standard input. Several processes may hold one model: docs/multihost.md.
 """
 
 import sys
+from functools import partial
 
 from absl import flags
 
@@ -13,6 +14,9 @@ from maxsep.config import ConfigError, cli, paths
 from maxsep.inference import texts
 from maxsep.output import workdir
 from maxsep.parallel.start import start
+
+# The config: the run's own.
+FOUND = cli.Found(partial(cli.config_of_run, newest=workdir.newest), workdir.INFERENCE_TAKES)
 
 
 def define(values: flags.FlagValues) -> None:
@@ -88,4 +92,4 @@ def check(options: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, define, __doc__, of_run=cli.OfRun(workdir.newest, workdir.INFERENCE_TAKES)))
+    sys.exit(cli.run(main, define, __doc__, found=FOUND))

@@ -17,21 +17,8 @@ from absl import flags
 from maxsep.cluster import process
 from maxsep.cluster.signals import stopping
 from maxsep.config import cli, paths
-from maxsep.data.preparation import Preparation, seldom
-
-
-class _Console:
-    """Lines to a log; on a terminal, progress in one line that is written over."""
-
-    def __init__(self):
-        self._terminal = sys.stderr.isatty()
-        self.progress = seldom(self._overwrite, 0.2) if self._terminal else seldom(self.line, 30)
-
-    def _overwrite(self, text: str) -> None:
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-    def line(self, text: str) -> None:
-        print(f"\r\x1b[K{text}" if self._terminal else text, file=sys.stderr, flush=True)
+from maxsep.data.preparation import Preparation
+from maxsep.output.ticker import Ticker
 
 
 def define(values: flags.FlagValues) -> None:
@@ -46,7 +33,7 @@ def main(args: cli.Args) -> None:
     started = time.monotonic()
     if args.flags.json:
         paths.to_write("--json", args.flags.json)
-    console = _Console()
+    console = Ticker()
     asked = False
 
     def interrupt(*_) -> None:

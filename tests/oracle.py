@@ -149,10 +149,19 @@ def rotary(x_shq, theta):
 
 
 def attention(x_sd, segment_s, w, layer, model):
-    q = rotary(jnp.einsum("sd,dhq->shq", x_sd, w["wq_ldhq"][layer]), model.rope_theta)
-    k = rotary(jnp.einsum("sd,dkq->skq", x_sd, w["wk_ldkq"][layer]), model.rope_theta)
-    v = jnp.einsum("sd,dkq->skq", x_sd, w["wv_ldkq"][layer])
+    q, k, v = (jnp.einsum("sd,dhq->shq", x_sd, w[name][layer]) for name in ("wq_ldhq", "wk_ldkq", "wv_ldkq"))
+    if model.qk_norm != "none":
+        q, k = (qk_norm(x, w[name]["scale"][layer], model.norm_eps) for x, name in ((q, "q_norm"), (k, "k_norm")))
+    if model.clip_qkv is not None:
+        q, k, v = (jnp.minimum(jnp.maximum(x, -model.clip_qkv), model.clip_qkv) for x in (q, k, v))
+    q, k = rotary(q, model.rope_theta), rotary(k, model.rope_theta)
     return jnp.einsum("shq,hqd->sd", attend(q, k, v, segment_s), w["wo_lhqd"][layer])
+
+
+def qk_norm(x_shq, scale, eps):
+    """Over as many numbers as there are scales: those of a head [Q], or of all heads [h, Q]."""
+    s = x_shq.shape[0]
+    return rms_norm(x_shq.reshape(s, -1, scale.size), scale.ravel(), eps).reshape(x_shq.shape)
 
 
 def attend(q_shq, k_skq, v_skq, segment_s):
@@ -182,7 +191,10 @@ def dense_moe(x_td, w, layer, model, groups):
             of_group = chosen_tne[np.asarray(group)].reshape(-1, model.experts)
             place = ((jnp.cumsum(of_group, axis=0) - of_group) * of_group).sum(axis=1)
             kept = kept.at[np.asarray(group)].set((place < capacity(len(group), model)).reshape(-1, model.top_k))
-    weight_te = ((jax.nn.softmax(top, axis=-1) * kept)[..., None] * chosen_tne).sum(axis=1)
+    weight_tn = jax.nn.softmax(top, axis=-1)
+    if not model.normalize_top_k:
+        weight_tn = (jax.nn.softmax(scores, axis=-1)[:, None] * chosen_tne).sum(axis=-1)
+    weight_te = ((weight_tn * kept)[..., None] * chosen_tne).sum(axis=1)
 
     def expert(w_of):
         up = x_td @ w_of["w_in_ledf"]

@@ -34,14 +34,24 @@ def devices_apart(c) -> tuple[int, int]:
 # Each config is compared with the dense oracle on its mesh; together they have each value of each switch.
 STEPS = {
     "1x1": {"mesh": (1, 1)},
-    "4x4": {"mesh": (4, 4)},
+    "4x4, norms of each head, raw weights": {
+        "mesh": (4, 4),
+        "model": {"qk_norm": "head", "normalize_top_k": False},
+    },
     "2x8 unrolled, dots, k 3, gelu": {
         "mesh": (2, 8),
         "model": {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
     },
-    "8x2 kv heads replicated, full, tied, zero1": {
+    "8x2 kv heads replicated, full, tied, zero1, a norm over all heads, clipped": {
         "mesh": (8, 2),
-        "model": {"kv_heads": 2, "remat": "full", "tied_embedding": True},
+        "model": {
+            "dtype": "float64",
+            "kv_heads": 2,
+            "remat": "full",
+            "tied_embedding": True,
+            "qk_norm": "all",
+            "clip_qkv": 1.0,
+        },
         "optimizer": {"zero1": True},
     },
     "1x16 capacity, accumulation": {
@@ -49,11 +59,13 @@ STEPS = {
         "model": {"layers": 1, "capacity_factor": 1.25, "capacity_group": 16},
         "train": {"batch_size": 32, "accumulation": 2},
     },
-    "2x2 capacity, kv heads split, unrolled, full, k 1": {
+    "2x2 capacity, kv heads split, unrolled, full, k 1, a norm over all heads, raw weights": {
         "mesh": (2, 2),
         "model": {
             "capacity_factor": 1.0,
             "kv_heads": 4,
+            "qk_norm": "all",
+            "normalize_top_k": False,
             "scan_layers": False,
             "remat": "full",
             "top_k": 1,
@@ -101,15 +113,21 @@ SLOW_STEPS = {
         "model": FLOAT64 | {"scan_layers": False, "remat": "full", "top_k": 3, "activation": "gelu"},
         "optimizer": {"zero1": True},
     },
-    "zero 2x2x4, unrolled, dots, k 3, gelu, tied": {
+    "zero 2x2x4, unrolled, dots, k 3, raw weights, gelu": {
         "layout": "zero",
         "mesh": (2, 2, 4),
-        "model": FLOAT64 | {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu", "kv_heads": 2},
+        "model": FLOAT64
+        | {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu", "kv_heads": 2}
+        | {"qk_norm": "head", "normalize_top_k": False},
         "optimizer": {"zero1": True},
     },
     "zero 16x1, full": {"layout": "zero", "mesh": (16, 1), "model": {"remat": "full"}},
     "zero 1x16": {"layout": "zero", "mesh": (1, 16), "model": FLOAT64},
-    "tp 16x1": {"layout": "tp", "mesh": (16, 1), "model": FLOAT64 | {"kv_heads": 4}},
+    "tp 16x1, a norm over all heads, clipped": {
+        "layout": "tp",
+        "mesh": (16, 1),
+        "model": FLOAT64 | {"kv_heads": 4, "qk_norm": "all", "clip_qkv": 1.0},
+    },
     "pp 2x1x8, capacity, kv heads, documents": {
         "layout": "pp",
         "mesh": (2, 1, 8),
@@ -127,7 +145,7 @@ SLOW_STEPS = {
     "tp_pp 2x8x1, full, tied, capacity, more micro-batches": {
         "layout": "tp_pp",
         "mesh": (2, 8, 1),
-        "model": {"remat": "full", "kv_heads": 4, "tied_embedding": True, "capacity_factor": 1.25},
+        "model": {"remat": "full", "kv_heads": 4, "tied_embedding": True, "capacity_factor": 1.25, "qk_norm": "all"},
         "train": {"batch_size": 20, "accumulation": 5},
     },
     "tp_pp 4x2x2, documents, zero1": {
@@ -161,7 +179,7 @@ SLOW_STEPS = {
     "own, copies of the tokens, heads over two axes": {
         "layout": "b=expert s=attention h=stage+attention f=stage v=expert",
         "mesh": (2, 2, 4),
-        "model": FLOAT64 | {"capacity_factor": 1.25, "kv_heads": 2},
+        "model": FLOAT64 | {"capacity_factor": 1.25, "kv_heads": 2, "qk_norm": "all", "clip_qkv": 1.0},
     },
     "own, tensor parallel experts in ma, weights at rest": {
         "layout": "b=stage+expert s=attention h=attention e=attention+expert f=stage v=stage w=stage+expert",
@@ -256,6 +274,12 @@ def test_ids_that_the_tokenizer_lacks_are_never_produced():
         found, _ = jax.device_get(jax.jit(r.program._gradients)(params, batch, np.int32(0)))
     assert not found["head_vd"][few:].any()
     assert found["head_vd"][:few].any(axis=1).all()
+
+
+def test_unmasked_ids_that_the_tokenizer_lacks_have_a_probability():
+    c = config((4, 4), model={"mask_unused_ids": False})
+    with jax.set_mesh(make_mesh(c)):
+        assert Run(c, END_OF_TEXT, 180).program._model().ids == c.model.vocab_size
 
 
 DISPATCHES = {

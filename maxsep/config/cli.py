@@ -66,10 +66,10 @@ class Args:
 
 
 @dataclass(frozen=True)
-class OfRun:
-    """A tool that works on what a run has made, with the run's own config."""
+class Found:
+    """A tool whose config is no file's: that of the run it works on, as `config_of_run` finds it, or of a model."""
 
-    newest: Callable[[], Path]  # the run's folder where --workdir names none
+    config: Callable[[list[str]], tuple[Config, list[str]]]  # of these arguments, to which a folder may be added
     takes: tuple[str, ...]  # the config fields that may be set
 
 
@@ -80,7 +80,7 @@ def run(
     default_config: str | None = None,
     commands: Sequence[str] = (),
     argv: Sequence[str] | None = None,
-    of_run: OfRun | None = None,
+    found: Found | None = None,
 ) -> int:
     """Parses the command line, calls `main`, and turns whatever happens into an exit status.
 
@@ -91,7 +91,7 @@ def run(
         default_config: config file, relative to the repository; None: the tool has no `--config`.
         commands: the words of which the tool takes exactly one.
         argv: program and arguments; None: `sys.argv`.
-        of_run: the tool works on a run, instead of `default_config`.
+        found: where the tool's config is found, instead of `default_config`.
 
     Returns:
         The exit status, 0 where `main` returned.
@@ -100,9 +100,9 @@ def run(
     argv = list(sys.argv if argv is None else argv)
     try:
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
-            print(help_text(argv, define, doc, default_config, commands, of_run))
+            print(help_text(argv, define, doc, default_config, commands, found))
         else:
-            main(parse(argv, define, default_config, commands, of_run))
+            main(parse(argv, define, default_config, commands, found))
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as e:
         return answer(e)
@@ -142,7 +142,7 @@ def parse(
     define: Callable[[flags.FlagValues], None],
     default_config: str | None = None,
     commands: Sequence[str] = (),
-    of_run: OfRun | None = None,
+    found: Found | None = None,
 ) -> Args:
     """The command line as `Args`.
 
@@ -155,12 +155,12 @@ def parse(
     fit_mesh = False
     path, argv = take("config", argv)
     overridden = _overridden(argv)
-    takes_config = default_config is not None or of_run is not None
+    takes_config = default_config is not None or found is not None
     try:
-        if of_run is not None:
-            base, argv, fit_mesh = *_of_run(path, argv, overridden, of_run), True
+        if found is not None:
+            base, argv, fit_mesh = *_found(path, argv, overridden, found), True
         elif default_config is not None:
-            base, fit_mesh = _base(path, default_config, argv if "workdir" in values else [])
+            base, fit_mesh = _base(path, default_config, argv, "workdir" in values)
         if takes_config:
             config_dict = to_config_dict(base)
             config_flags.DEFINE_config_dict("config", config_dict, flag_values=values, sys_argv=argv)
@@ -180,7 +180,7 @@ def parse(
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     if config is not None:
-        validate(config, training=of_run is None)
+        validate(config, training=found is None)
     return Args(values, config, fit_mesh and not any(p.startswith("mesh.") for p in overridden), command)
 
 
@@ -204,7 +204,7 @@ def help_text(
     doc: str,
     default_config: str | None = None,
     commands: Sequence[str] = (),
-    of_run: OfRun | None = None,
+    found: Found | None = None,
 ) -> str:
     """The tool's flags and, where it takes a config, every field with its value in the one that `argv` names."""
     values = flags.FlagValues()
@@ -214,46 +214,66 @@ def help_text(
         own = "the run's own in --workdir, else " if "workdir" in values else ""
         general += [("--config=FILE", f"config file (default {own}{default_config})")]
         path, others = take("config", argv)
-        config, _ = _base(path, default_config, others if "workdir" in values else [])
+        config, _ = _base(path, default_config, others, "workdir" in values)
         heading = f"config fields, with their values in {path or config.name}:"
         shown = [(f"--config.{field.path}={attrgetter(field.path)(config)}", field.comment) for field in fields()]
-    elif of_run is not None:
+    elif found is not None:
         heading = "config fields that may differ from the run's own:"
-        shown = [(f"--config.{field.path}=VALUE", field.comment) for field in fields() if field.path in of_run.takes]
+        shown = [(f"--config.{field.path}=VALUE", field.comment) for field in fields() if field.path in found.takes]
     if heading:
         general += [("--config.SECTION.FIELD=VALUE", "any field listed below")]
     words = f" {{{','.join(commands)}}}" if commands else ""
     return page(doc, f"{Path(argv[0]).name}{words}", general, values, heading, shown)
 
 
-def _base(path: str | None, default: str, argv: Sequence[str]) -> tuple[Config, bool]:
+def _base(path: str | None, default: str, argv: Sequence[str], has_workdir: bool) -> tuple[Config, bool]:
     """The config that the flags change: --config's, else that of the run in --workdir, else the tool's default.
 
-    Also returned: whether it is the default, whose mesh may follow the machine.
+    The default has the model and the tokenizer of the run that train.init_from names. Also returned: whether it is the
+    default, whose mesh may follow the machine.
     """
     if path is not None:
         return load_config(path), False
-    folder = take("workdir", argv)[0]
+    folder = take("workdir", argv)[0] if has_workdir else None
     if folder and (paths.named("--workdir", folder) / "config.json").is_file():
         return read_config(paths.named("--workdir", folder))[0], False
-    return load_config(str(REPOSITORY / default)), True
+    config = load_config(str(REPOSITORY / default))
+    source = take("config.train.init_from", argv)[0]
+    run = paths.named("train.init_from", source or "").resolve()
+    if not source or not (run / "config.json").is_file():  # what it has instead is told where it is read
+        return config, True
+    stored = read_config(run)[0]
+    data = replace(config.data, tokenizer=stored.data.tokenizer)
+    # On one device, where the mesh does not follow the machine: the default's may not divide this model.
+    return replace(config, name=f"from_{run.name}", mesh=MeshConfig(), model=stored.model, data=data), True
 
 
-def _of_run(path: str | None, argv: Sequence[str], overridden: list[str], of_run: OfRun) -> tuple[Config, list[str]]:
-    """The config of the run that --workdir names, else of the newest, which is added to the arguments."""
+def _found(path: str | None, argv: Sequence[str], overridden: list[str], found: Found) -> tuple[Config, list[str]]:
+    """The tool's config, on one device if the flags name no mesh, and the arguments."""
     if path is not None:
-        raise ConfigError(f"--config: got {path}; takes none, as the run in --workdir has its own")
+        raise ConfigError(f"--config: got {path}; takes none, as what this command works on has its own")
     for field in overridden:
-        if field not in of_run.takes:
-            raise ConfigError(f"{field}: is the run's own and cannot be changed here; takes {', '.join(of_run.takes)}")
-    folder = take("workdir", argv)[0]
-    if folder is None:
-        folder = str(of_run.newest())
-        argv = [*argv[:1], f"--workdir={folder}", *argv[1:]]
-    config = read_config(paths.run_folder(folder, exists=True, written=False))[0]
+        if field not in found.takes:
+            raise ConfigError(f"{field}: is the run's own and cannot be changed here; takes {', '.join(found.takes)}")
+    config, argv = found.config(list(argv))
     if not any(field.startswith("mesh.") for field in overridden):
         config = replace(config, mesh=MeshConfig())
-    return config, list(argv)
+    return config, argv
+
+
+def config_of_run(argv: list[str], newest: Callable[[], Path] | None = None) -> tuple[Config, list[str]]:
+    """The config of the run that --workdir names, else of the `newest`, which is added to the arguments.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    folder = take("workdir", argv)[0]
+    if folder is None:
+        if newest is None:
+            raise ConfigError("--workdir: none given; takes the folder of a run")
+        folder = str(newest())
+        argv = [*argv[:1], f"--workdir={folder}", *argv[1:]]
+    return read_config(paths.run_folder(folder, exists=True, written=False))[0], argv
 
 
 def take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -24,6 +24,7 @@ CHOICES = {
     "mesh.inner": ("auto", "attention", "expert"),
     "data.source": ("docstrings", "tfds", "files"),
     "model.activation": ("swiglu", "gelu"),
+    "model.qk_norm": ("none", "head", "all"),
     "model.remat": ("none", "full", "dots"),
     "model.attention_kernel": ("auto", "xla", "cudnn"),
     "model.dtype": ("float32", "bfloat16", "float64"),
@@ -101,7 +102,7 @@ class DataConfig:
     split: str | None = None  # training split, as train[:90%]; None: train less what is held out
     eval_split: str | None = None  # held-out split; None: validation where there is one, else the last 10 % of train
     sequence_length: int = 1024  # tokens
-    tokenizer: str = "gpt2"  # gpt2, gpt2:N (its first N ids), bytes, or the path of a tokenizer.json
+    tokenizer: str = "gpt2"  # gpt2, gpt2:N (its first N ids), bytes, ids:N[:END] (numbers), a tokenizer.json's path
     cross_document_attention: bool = True  # may a token attend to earlier documents of its sequence
     max_tokens: int | None = None  # prepare at most this many training tokens
     eval_max_tokens: int | None = None  # prepare at most this many held-out tokens
@@ -117,10 +118,14 @@ class ModelConfig:
     heads: int = 8  # query heads
     kv_heads: int | None = None  # key/value heads; None: as many as heads
     head_dim: int | None = None  # None: d_model / heads
+    qk_norm: str = "none"  # RMS norm of queries and keys: none, head (each head by itself), all (over all heads)
+    clip_qkv: float | None = None  # queries, keys and values are cut to this size; None: they are not
     experts: int = 16  # a layer
-    top_k: int = 2  # experts a token; with 1 its weight is always 1, and only the auxiliary losses train the router
+    top_k: int = 2  # experts a token; 1 with normalize_top_k: its weight is 1, only auxiliary losses train the router
+    normalize_top_k: bool = True  # the weights of a token's experts sum to 1; else they are their shares of all experts
     d_ff: int = 512  # hidden size of an expert
     vocab_size: int = 50_257  # rows of the embedding that stand for an id; padded for sharding only
+    mask_unused_ids: bool = True  # rows that the tokenizer has no id for get no probability; else each row has one
     activation: str = "swiglu"  # swiglu (three matrices an expert), gelu (two)
     capacity_factor: float | None = None  # places an expert has, over a balanced load; None: dropless
     capacity_group: int | None = None  # consecutive tokens over which capacity counts; None: a device's tokens
@@ -155,7 +160,8 @@ class ModelConfig:
         matrices = 3 if self.activation == "swiglu" else 2
         experts = self.experts * matrices * self.d_model * self.d_ff
         router = self.d_model * self.experts
-        norms = 2 * self.d_model
+        normed = {"none": 0, "head": 2, "all": self.heads + self.n_kv_heads}[self.qk_norm]  # heads with a scale
+        norms = 2 * self.d_model + normed * self.head_size
         embeddings = (1 if self.tied_embedding else 2) * self.vocab_size * self.d_model  # embedding, output head
         return self.layers * (attention + router + experts + norms) + self.d_model + embeddings
 

@@ -132,8 +132,13 @@ def tokenizer_ids(tokenizer: str) -> int | None:
         return GPT2_FEWEST_IDS
     if tokenizer == "gpt2":
         return GPT2_IDS
+    if tokenizer.startswith("ids:"):
+        found = re.fullmatch(r"ids:([1-9]\d*)(?::(\d+))?", tokenizer)
+        holds = found is not None and int(found[2] or 0) < int(found[1])
+        _need(holds, "data.tokenizer", tokenizer, "ids:N, or ids:N:E where E, below N, ends a text")
+        return int(found[1])
     if not tokenizer.startswith("gpt2:"):
-        takes = "gpt2, gpt2:N, bytes, or the path of a tokenizer.json"
+        takes = "gpt2, gpt2:N, bytes, ids:N, or the path of a tokenizer.json"
         _need(tokenizer.endswith(".json"), "data.tokenizer", tokenizer, takes)
         return None
     ids = tokenizer.removeprefix("gpt2:")
@@ -146,7 +151,7 @@ def _model(config: Config) -> None:
     model = config.model
     _at_least(config, 1, "model.layers", "model.d_model", "model.heads", "model.kv_heads", "model.head_dim")
     _at_least(config, 1, "model.experts", "model.top_k", "model.d_ff", "model.vocab_size", "model.capacity_group")
-    _positive(config, "model.capacity_factor", "model.rope_theta", "model.norm_eps")
+    _positive(config, "model.capacity_factor", "model.rope_theta", "model.norm_eps", "model.clip_qkv")
     _not_negative(config, "model.load_balancing_coefficient", "model.router_z_coefficient")
     _between(config, 0, 1, "model.expert_dropout")
     holds = model.heads % model.n_kv_heads == 0

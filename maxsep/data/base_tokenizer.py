@@ -3,6 +3,8 @@
 import abc
 import hashlib
 
+NO_END = -1  # no id
+
 
 class Unencodable(ValueError):
     """Text that a tokenizer has no ids for; the message is the reason."""
@@ -11,8 +13,8 @@ class Unencodable(ValueError):
 class Tokenizer(abc.ABC):
     """Text to token ids and back. Text that spells a special token is encoded as any other.
 
-    `vocab_size`; `end_of_text`: the id that ends a document; `fingerprint`: a hash of what decides the ids; `unknown`:
-    the token that stands for what has none, None where such pieces are left out, or cannot be.
+    `vocab_size`; `end_of_text`: the id that ends a document, or `NO_END`; `fingerprint`: a hash of what decides the
+    ids; `unknown`: the token that stands for what has none, None where such pieces are left out, or cannot be.
     """
 
     vocab_size: int

@@ -69,18 +69,32 @@ def _at_long_blanks(text: str, length: int) -> Iterator[str]:
 @functools.cache
 def _ranks() -> dict[bytes, int]:
     """GPT-2's tokens by id: a byte each, in GPT-2's order, then a token for every merge, in the file's order."""
+    spelled = _spelled()
+    ranks = {bytes([byte]): n for n, byte in enumerate(spelled.values())}
+    for pair in _merges():
+        ranks[bytes(spelled[c] for c in "".join(pair))] = len(ranks)
+    return ranks
+
+
+def vocabulary_and_merges(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The first `vocab_size` ids but the last, and the merges that make them, spelled as files of GPT-2 spell them."""
+    merges = _merges()[: vocab_size - 1 - 256]
+    return {token: n for n, token in enumerate([*_spelled(), *map("".join, merges)])}, merges
+
+
+def _spelled() -> dict[str, int]:
+    """The character that stands for each byte, in GPT-2's order: itself where it prints, else one from 256 up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}
+
+
+def _merges() -> list[tuple[str, str]]:
     path = _file()
     content = path.read_bytes()
     if digest(content) != GPT2_SHA256:
         raise ConfigError(f"data.tokenizer: {str(path)!r} is damaged; reinstall {GPT2_PACKAGE}")
-    # The file spells each byte as a character: itself where it prints, else one from 256 up.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    spelled = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}
-    ranks = {bytes([byte]): n for n, byte in enumerate(spelled.values())}
-    for line in content.decode().splitlines()[1:]:
-        ranks[bytes(spelled[c] for c in line.replace(" ", ""))] = len(ranks)
-    return ranks
+    return [tuple(line.split(" ")) for line in content.decode().splitlines()[1:]]
 
 
 def _file() -> Path:

@@ -28,10 +28,10 @@ class JsonTokenizer(Tokenizer):
             reason = os.strerror(error.errno) if error.errno else error
             raise ConfigError(f"data.tokenizer: got {path!r} ({reason}); takes {takes}") from None
         self._tokenizer = _parsed(path, content.decode(errors="replace"))
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        end = _end_name(path, ids)
-        self.vocab_size = max(ids.values(), default=-1) + 1
-        self.end_of_text = ids[end]
+        self.ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.end_name = end = _end_name(path, self.ids)
+        self.vocab_size = max(self.ids.values(), default=-1) + 1
+        self.end_of_text = self.ids[end]
         self.fingerprint = digest(content + end.encode())
         fields = json.loads(content)
         for token in fields["added_tokens"]:

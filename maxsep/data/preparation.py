@@ -11,7 +11,6 @@ import shlex
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,8 +20,10 @@ from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, cli
 from maxsep.config.checksum import checksum
 from maxsep.data import cache, packing, sources, tokenizer
+from maxsep.data.base_tokenizer import NO_END
 from maxsep.data.records import FORMAT, Corpus, Damaged
 from maxsep.output.durable import write_json
+from maxsep.output.ticker import seldom
 
 LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
 RATE = 2_000_000  # tokens/s that a process prepares, roughly
@@ -78,6 +79,9 @@ class Preparation:
         data = config.data
         self.config, self.log = config, log
         self.tokenizer = tokenizer.of(config)
+        if self.tokenizer.end_of_text == NO_END:
+            takes = f"{data.tokenizer}:E, with the id E that ends a text: documents are told apart by it"
+            raise ConfigError(f"data.tokenizer: got {data.tokenizer}; takes {takes}")
         self.cache = cache.root(data.cache)
         self.source = sources.find(data, self.cache)
 
@@ -246,16 +250,3 @@ def told_later(text: str, unless: bool, seconds: float = 5.0) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def seldom(log: Callable[[str], None], seconds: float) -> Callable[[str], None]:
-    """Lets a line through once in so many seconds."""
-    last = time.monotonic()
-
-    def line(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            log(text)
-
-    return line

@@ -1,16 +1,16 @@
-"""The tokenizers that `data.tokenizer` names: GPT-2's BPE, whole or its first ids; bytes; a tokenizer.json."""
+"""The tokenizers that `data.tokenizer` names: GPT-2's BPE, whole or its first ids; bytes; ids; a tokenizer.json."""
 
 from collections.abc import Sequence
 
 from maxsep.config import Config, ConfigError
 from maxsep.config.validate import tokenizer_ids
-from maxsep.data.base_tokenizer import Tokenizer, digest
+from maxsep.data.base_tokenizer import NO_END, Tokenizer, Unencodable, digest
 from maxsep.data.gpt2_tokenizer import END_OF_TEXT, Gpt2Tokenizer
 from maxsep.data.json_tokenizer import JsonTokenizer
 
 
 def load(name: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: `gpt2`, `gpt2:N`, `bytes`, or the path of a tokenizer.json.
+    """The tokenizer that `data.tokenizer` names: `gpt2`, `gpt2:N`, `bytes`, `ids:N`, or the path of a tokenizer.json.
 
     Raises:
         ConfigError: no such tokenizer, or a file that is none.
@@ -18,6 +18,8 @@ def load(name: str) -> Tokenizer:
     ids = tokenizer_ids(name)
     if ids is None:
         return JsonTokenizer(name)
+    if name.startswith("ids:"):
+        return IdTokenizer(name, ids)
     return ByteTokenizer() if name == "bytes" else Gpt2Tokenizer(ids)
 
 
@@ -47,3 +49,26 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         pieces = (END_OF_TEXT.encode() if i == self.end_of_text else bytes([i]) for i in ids)
         return b"".join(pieces).decode(errors="replace")
+
+
+class IdTokenizer(Tokenizer):
+    """For a model whose tokenizer is not known: text is ids as numbers, `17 4 256`.
+
+    The third part of its name, as 2 in `ids:32000:2`, is the id that ends a text; without one no text ends.
+    """
+
+    def __init__(self, name: str, vocab_size: int):
+        _, _, *end = name.split(":")
+        self.vocab_size, self.end_of_text = vocab_size, int(end[0]) if end else NO_END
+        self.fingerprint = digest(name.encode())
+
+    def _encode(self, text: str) -> tuple[list[int], int]:
+        ids = []
+        for word in text.split():
+            if not (word.isascii() and word.isdecimal() and int(word) < self.vocab_size):
+                raise Unencodable(f"{word[:20]!r} is no id below {self.vocab_size}, and this model takes ids alone")
+            ids.append(int(word))
+        return ids, 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))

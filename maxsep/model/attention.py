@@ -8,6 +8,7 @@ from jax import lax
 from maxsep.config import ModelConfig
 from maxsep.model.kv_cache import KeysValues, Window
 from maxsep.model.layers import normal, rotate, use
+from maxsep.model.qk_norm import QKNorm
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 
@@ -25,7 +26,10 @@ class Attention(nnx.Module):
         self.wv_ldkq = normal(rngs, layout, "ldkq", (L, D, K, Q), D**-0.5, dtype)
         # Residual branches start small enough that 2 L of them add up to the scale of one (Radford et al. 2019).
         self.wo_lhqd = normal(rngs, layout, "lhqd", (L, H, Q, D), (H * Q * 2 * L) ** -0.5, dtype)
+        if model.qk_norm != "none":
+            self.q_norm, self.k_norm = (QKNorm(layout, model, letter, dtype) for letter in "hk")
         self.layout, self.kernel, self.theta = layout, kernel, model.rope_theta
+        self.normed, self.limit = model.qk_norm != "none", model.clip_qkv
         self.group = H // K  # query heads that share a key/value head
 
     def __call__(self, x_bsd: jax.Array, segments_bs: jax.Array | None) -> jax.Array:
@@ -52,22 +56,30 @@ class Attention(nnx.Module):
         dtype = x_bsd.dtype
         x_bsd = self.layout.join(x_bsd, self.layout.axes("h"))
         wq = use(self.wq_ldhq, dtype)
-        wk, wv = (self._own_heads(use(w, dtype), wq.shape[1]) for w in (self.wk_ldkq, self.wv_ldkq))
-        q_bshq = rotate(jnp.einsum("bsd,dhq->bshq", x_bsd, wq), self.theta, position_bs)
-        k_bskq = rotate(jnp.einsum("bsd,dkq->bskq", x_bsd, wk), self.theta, position_bs)
-        return q_bshq, k_bskq, jnp.einsum("bsd,dkq->bskq", x_bsd, wv)
+        wk, wv = (self._own_heads(use(w, dtype), wq.shape[1], 1) for w in (self.wk_ldkq, self.wv_ldkq))
+        q_bshq = jnp.einsum("bsd,dhq->bshq", x_bsd, wq)
+        k_bskq, v_bskq = (jnp.einsum("bsd,dkq->bskq", x_bsd, w) for w in (wk, wv))
+        if self.normed:
+            q_bshq = self.q_norm(q_bshq, self.q_norm.scale[...])
+            k_scale = self.k_norm.scale[...]
+            if self.k_norm.together:
+                k_scale = self._own_heads(k_scale, wq.shape[1], 0)
+            k_bskq = self.k_norm(k_bskq, k_scale)
+        if self.limit is not None:
+            q_bshq, k_bskq, v_bskq = (jnp.clip(x, -self.limit, self.limit) for x in (q_bshq, k_bskq, v_bskq))
+        return rotate(q_bshq, self.theta, position_bs), rotate(k_bskq, self.theta, position_bs), v_bskq
 
     def _out(self, y_bshq: jax.Array) -> jax.Array:
         wo = use(self.wo_lhqd, y_bshq.dtype)
         return self.layout.part(jnp.einsum("bshq,hqd->bsd", y_bshq, wo), self.layout.axes("h"))
 
-    def _own_heads(self, w_dkq: jax.Array, queries: int) -> jax.Array:
-        """The key/value heads that this device's `queries` query heads need."""
+    def _own_heads(self, w: jax.Array, queries: int, dim: int) -> jax.Array:
+        """Of weights of key/value heads, in dimension `dim`, those that this device's `queries` query heads need."""
         if self.layout.ways("k") == self.layout.ways("h"):
-            return w_dkq
+            return w
         # Fewer queries than a group share one head.
         first = collectives.index(self.layout.axes("h")) * queries // self.group
-        return lax.dynamic_slice_in_dim(w_dkq, first, max(1, queries // self.group), axis=1)
+        return lax.dynamic_slice_in_dim(w, first, max(1, queries // self.group), axis=dim)
 
 
 def fused_attention(q_bshq, k_bskq, v_bskq, segments_bs):

@@ -26,7 +26,7 @@ class MoE(nnx.Module):
     """Weights of all layers; called on one layer's slice."""
 
     def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, dtype):
-        self.router = Router(rngs, layout, model.layers, model.d_model, model.experts, model.top_k, dtype)
+        self.router = Router(rngs, layout, model, dtype)
         self.experts = Experts(rngs, layout, model, dtype)
         self.layout, self.model = layout, model
 

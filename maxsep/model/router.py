@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from maxsep.config import ModelConfig
 from maxsep.model.layers import normal, use
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
@@ -17,7 +18,7 @@ class Choice(NamedTuple):
 
     scores_te: jax.Array  # float32 or wider
     ids_tn: jax.Array  # int32, the chosen experts, best first; equal scores go to the lower id
-    weights_tn: jax.Array  # as the scores, softmax over the chosen ones: they sum to 1
+    weights_tn: jax.Array  # as the scores, softmax over the chosen ones, or their part of that over all
 
 
 class Routing(NamedTuple):
@@ -32,19 +33,22 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-    """Linear scores in float32 or wider, top-k, softmax over the chosen."""
+    """Linear scores in float32 or wider, top-k, softmax over the chosen, or with raw weights over all experts."""
 
-    def __init__(self, rngs: nnx.Rngs, layout: Layout, layers: int, d_model: int, experts: int, top_k: int, dtype):
+    def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, dtype):
         wide = jnp.promote_types(dtype, jnp.float32)
-        self.w_lde = normal(rngs, layout, "ld-", (layers, d_model, experts), d_model**-0.5, wide)
-        self.layout, self.top_k = layout, top_k
+        shape = (model.layers, model.d_model, model.experts)
+        self.w_lde = normal(rngs, layout, "ld-", shape, model.d_model**-0.5, wide)
+        self.layout, self.top_k, self.normalized = layout, model.top_k, model.normalize_top_k
 
     def choose(self, x_td: jax.Array) -> Choice:
         w_de = use(self.w_lde)
         # Reduced precision here would flip choices; the product is small.
         scores_te = jnp.dot(x_td.astype(w_de.dtype), w_de, precision=lax.Precision.HIGHEST)
         top_tn, ids_tn = lax.top_k(scores_te, self.top_k)
-        return Choice(scores_te, ids_tn, jax.nn.softmax(top_tn, axis=-1))
+        if self.normalized:
+            return Choice(scores_te, ids_tn, jax.nn.softmax(top_tn, axis=-1))
+        return Choice(scores_te, ids_tn, jnp.exp(top_tn - jax.nn.logsumexp(scores_te, axis=-1, keepdims=True)))
 
     def __call__(self, x_td: jax.Array) -> Routing:
         scores_te, ids_tn, weights_tn = self.choose(x_td)

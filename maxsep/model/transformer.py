@@ -49,7 +49,8 @@ class Losses(NamedTuple):
 class Transformer(nnx.Module):
     """Parameters in float32 (float64 for a float64 run), computation in `model.dtype`.
 
-    Only the first `ids` ids have a probability. `dtype`: of the matrices; norms and routers stay float32 or wider.
+    `ids`: those of the tokenizer, from 0; with `model.mask_unused_ids` only they have a probability. `dtype`: of the
+    matrices; norms and routers stay float32 or wider.
     """
 
     def __init__(self, rngs: nnx.Rngs, model: ModelConfig, layout: Layout, ids: int, dtype=None):
@@ -61,7 +62,7 @@ class Transformer(nnx.Module):
         if not model.tied_embedding:
             rows = (model.padded_vocab_size, model.d_model)
             self.head_vd = normal(rngs, layout, "vd", rows, model.d_model**-0.5, dtype)
-        self.layout, self.model, self.ids = layout, model, ids
+        self.layout, self.model, self.ids = layout, model, ids if model.mask_unused_ids else model.vocab_size
 
     def losses(self, batch_abt: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None) -> Losses:
         """Records [a, b, S + 1] of micro-batches, ids and -1 for padding -> their `Losses`, added up.

@@ -28,8 +28,8 @@ class Lock:
         ConfigError: another job has it; nothing was touched.
     """
 
-    def __init__(self, folder: Path, job: Job = ALONE):
-        self.folder, self.job = folder, job
+    def __init__(self, folder: Path, job: Job = ALONE, flag: str = "--workdir"):
+        self.folder, self.job, self.flag = folder, job, flag
         self._file: BinaryIO | None = None
 
     def take(self) -> None:
@@ -40,7 +40,7 @@ class Lock:
         try:
             file = path.open("a+b", buffering=0)  # closing has nothing left to write, also on a full disk
         except OSError as e:
-            raise ConfigError(f"--workdir: cannot write to {self.folder}: {e.strerror}") from None
+            raise ConfigError(f"{self.flag}: cannot write to {self.folder}: {e.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -48,11 +48,11 @@ class Lock:
             who = " ".join(file.read().decode(errors="replace").split()) or "another process"
             file.close()
             raise ConfigError(
-                f"--workdir: {self.folder} is in use by {who}; takes a folder that no other job writes in"
+                f"{self.flag}: {self.folder} is in use by {who}; takes a folder that no other job writes in"
             ) from None
         except OSError as e:
             if e.errno not in NONE:
-                raise ConfigError(f"--workdir: cannot lock {path}: {e.strerror}") from None
+                raise ConfigError(f"{self.flag}: cannot lock {path}: {e.strerror}") from None
             what = f"warning: {self.folder} cannot be locked ({e.strerror}): see that no other job writes in it"
             print(what, file=sys.stderr, flush=True)
         self._file = file

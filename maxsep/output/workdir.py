@@ -88,6 +88,7 @@ def check_start(folder: Path, config: Config, training: bool) -> None:
         ConfigError: the run in `folder` may not go on with `config`, there is no checkpoint to evaluate
             (not `training`), or `train.init_from` has none.
     """
+    check_not_imported(folder)
     saved = has_checkpoint(folder)
     if not training and not saved:
         raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
@@ -100,6 +101,18 @@ def check_start(folder: Path, config: Config, training: bool) -> None:
         check_resume(folder, config, may_change=RESUME_MAY_CHANGE if training else EVALUATION_MAY_CHANGE)
     if not saved:
         init_checkpoints(config)
+
+
+def check_not_imported(folder: Path) -> None:
+    """Refuses the folder of a model that maxsep.convert has imported, as that of a run to go on.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if (folder / "config.json").exists() and "imported" in read_config(folder)[1]:
+        why = "an imported model: it has no corpus, and no optimizer to go on with"
+        train = f"python train.py --workdir=NEW --config.train.init_from={paths.shown(folder)}"
+        raise ConfigError(f"--workdir: got {folder}, {why}; takes another folder, as `{train}`")
 
 
 def check_inference(folder: Path, config: Config, step: str) -> None:
@@ -248,8 +261,13 @@ def check_shared(folder: Path, job: Job) -> None:
         raise ConfigError(f"--workdir: {blind[0]} does not see what process 0 writes in {folder}; {SHARED}")
 
 
-def write_config(workdir: Path, config: Config, corpus_fingerprint: str, tokenizer_fingerprint: str) -> None:
-    """Writes `config.json`: `config`, which `resolve` has completed, and what else the result depends on."""
+def write_config(
+    workdir: Path, config: Config, corpus_fingerprint: str | None, tokenizer_fingerprint: str, **more
+) -> None:
+    """Writes `config.json`: `config`, which `resolve` has completed, and what else the result depends on.
+
+    No corpus: of a model that was imported, of which `more` tells.
+    """
     import jax  # here, as the checks above are made before JAX starts
 
     devices = jax.devices()
@@ -261,6 +279,7 @@ def write_config(workdir: Path, config: Config, corpus_fingerprint: str, tokeniz
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+        **more,
     }
     record = json.loads(json.dumps(finite(record)))  # as it will be read
     write_json(workdir / "config.json", record | {"checksum": checksum(record)})

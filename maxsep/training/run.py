@@ -71,7 +71,7 @@ class Run:
         if source is None:
             return drawn(self.program.init, self.program.layout.platform)
         with Checkpoints(source, read_only=True, job=job) as checkpoints:
-            return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params).state)
+            return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params, cast=True).state)
 
     def train_batches(self, corpus: Corpus, position: int):
         """This host's part of the batches from `position` on; `to_mesh` makes them global."""

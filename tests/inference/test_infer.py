@@ -17,9 +17,6 @@ from maxsep.data import preparation
 from maxsep.data.base_tokenizer import Unencodable
 from maxsep.data.tokenizer import ByteTokenizer
 from maxsep.inference import texts
-from maxsep.output import workdir
-
-OF_RUN = cli.OfRun(workdir.newest, workdir.INFERENCE_TAKES)
 
 
 @pytest.fixture
@@ -29,7 +26,7 @@ def complete(capsys, monkeypatch, kept_programs):
     def complete(*arguments, given=""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
         with kept_programs():
-            status = cli.run(infer.main, infer.define, infer.__doc__, argv=["infer.py", *arguments], of_run=OF_RUN)
+            status = cli.run(infer.main, infer.define, infer.__doc__, argv=["infer.py", *arguments], found=infer.FOUND)
         return status, *capsys.readouterr()
 
     return complete

@@ -1,0 +1,99 @@
+"""Models of Hugging Face's transformers, in and out: Mixtral, Qwen3-MoE, OLMoE.
+
+    python -m maxsep.convert import --checkpoint=HF_DIR --workdir=DIR
+    python -m maxsep.convert export --workdir=DIR --checkpoint=HF_DIR
+
+An imported model is used as a run's: infer.py completes and scores texts with it, train.py starts from it with
+--config.train.init_from=DIR. Of an exported one, transformers' AutoModelForCausalLM makes the same model.
+"""
+
+import os
+import sys
+import time
+from dataclasses import replace
+
+from absl import flags
+
+from maxsep.cluster import process
+from maxsep.config import Config, ConfigError, cli, paths
+from maxsep.config.stored import at_home
+from maxsep.output import workdir
+from maxsep.output.staged import check_new, staged
+from maxsep.output.ticker import Ticker
+from maxsep.parallel.start import start
+
+COMMANDS = ("import", "export")
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("checkpoint", None, "folder of a model in Hugging Face's form", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("step", "latest", "checkpoint to export: a step's number, latest, or best", flag_values=values)
+
+
+def config_of(argv: list[str]) -> tuple[Config, list[str]]:
+    """The config of what is converted: of the model to import, or of the run to export."""
+    command = next((argument for argument in argv if argument in COMMANDS), None)
+    if command == "export":
+        return cli.config_of_run(argv)
+    if command == "import":
+        from maxsep.huggingface.model import HuggingFaceModel
+
+        return HuggingFaceModel(_needed("checkpoint", cli.take("checkpoint", argv)[0])).config, argv
+    return Config(), argv  # cli says that the command is missing
+
+
+FOUND = cli.Found(config_of, ("layout", "mesh.stage", "mesh.attention", "mesh.expert", "mesh.inner", "model.dtype"))
+
+
+def main(args: cli.Args) -> None:
+    process.refuse_several("convert")
+    checkpoint, folder = (_needed(flag, getattr(args.flags, flag)) for flag in ("checkpoint", "workdir"))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed, and a model may not fit into accelerators
+    if args.command == "import":
+        import_model(args.config, checkpoint, folder)
+    else:
+        export_model(args.config, checkpoint, folder, args.flags.step)
+
+
+def _needed(flag: str, value: str | None) -> str:
+    if not value:
+        raise ConfigError(f"--{flag}: none given; takes the folder of a {'model' if flag == 'checkpoint' else 'run'}")
+    return value
+
+
+def import_model(config: Config, checkpoint: str, named: str) -> None:
+    """Makes a run's folder of a model: its config, its parameters as the checkpoint of step 0, its tokenizer."""
+    from maxsep.data import tokenizer
+    from maxsep.huggingface import tokenizer_files
+    from maxsep.huggingface.model import HuggingFaceModel
+
+    begin = time.monotonic()
+    folder = paths.run_folder(named, exists=False)
+    check_new("--workdir", folder)
+    model = HuggingFaceModel(checkpoint)
+    config = replace(config, name=folder.name)
+    ticker = Ticker()
+    with staged("--workdir", folder) as partial:
+        tokenizer_files.write(model.tokenizer_files, partial)
+        words = tokenizer.of(at_home(config, partial))
+        config = start(config, fit_mesh=False, training=False)
+        from maxsep.huggingface.transfer import load
+
+        load(model, config, partial, ticker.progress)
+        origin = {"checkpoint": str(model.folder.path), "family": model.family.name, "dtype": model.dtype}
+        workdir.write_config(partial, config, None, words.fingerprint, imported=origin)
+    ticker.clear()
+    seconds = time.monotonic() - begin
+    print(
+        f"{model.folder.path}: {model.family.architecture}, {config.model.parameters:,} parameters, "
+        f"{model.dtype}, {model.bytes / 1e9:.2f} GB in {seconds:.1f} s ({model.bytes / 1e9 / seconds:.2f} GB/s)"
+    )
+
+
+def export_model(config: Config, checkpoint: str, named: str, step: str) -> None:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, define, __doc__, commands=COMMANDS, found=FOUND))

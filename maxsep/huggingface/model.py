@@ -1,0 +1,113 @@
+"""A model in Hugging Face's form: found to be whole and one of ours before anything is loaded, then loaded."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
+from maxsep.config import Config, ConfigError, DataConfig
+from maxsep.config.stored import OWN_TOKENIZER
+from maxsep.huggingface import model_config, tokenizer_files
+from maxsep.huggingface.families import Tensors, sizes, tensors
+from maxsep.huggingface.folder import DTYPES, Folder
+
+# Tensors that old files hold and that follow from the config.
+DERIVED = (".rotary_emb.inv_freq",)
+
+
+class HuggingFaceModel:
+    """The model in the folder that `--checkpoint` names.
+
+    Raises:
+        ConfigError: there is none, or one that our transformer cannot be, or it is not whole.
+    """
+
+    def __init__(self, path: str):
+        self.folder = Folder(path)
+        fields = self.folder.json("config.json")
+        if fields is None:
+            raise ConfigError(f"--checkpoint: {self.folder.path} has no config.json; takes a model's folder")
+        try:
+            self.family, model, context = model_config.read(fields)
+        except ConfigError as e:
+            raise self.folder.refuse(f"config.json: {e}") from None
+        end = fields.get("eos_token_id")
+        end = end[0] if isinstance(end, list) and end else end
+        end = end if type(end) is int and 0 <= end < model.vocab_size else None
+        self.tokenizer_files = tokenizer_files.carried(self.folder, end)
+        ids = f"ids:{model.vocab_size}" + ("" if end is None else f":{end}")
+        self.stored = self.folder.tensors()
+        self.tensors = tensors(self.family, model)
+        self.dtype = self._check(model)
+        # No file of ours computes in float16, which float32 holds.
+        self.config = Config(
+            model=replace(model, dtype="float32" if self.dtype == "float16" else self.dtype),
+            data=DataConfig(sequence_length=context, tokenizer=OWN_TOKENIZER if self.tokenizer_files else ids),
+        )
+
+    def _check(self, model) -> str:
+        """Compares the tensors with those of the family's model; returns the dtype that they have.
+
+        Raises:
+            ConfigError: one is missing, or has another shape, or another dtype than the others, or is not the family's.
+        """
+        of, wanted = sizes(model), {}
+        for entry in self.tensors.values():
+            shape = entry.shape(of)
+            wanted |= dict.fromkeys(names(entry, of), shape)
+        if model.tied_embedding and "lm_head.weight" in self.stored:
+            wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]  # a copy of it
+        for name, shape in wanted.items():
+            if name not in self.stored:
+                raise self.folder.refuse(f"{self._files()}: {name} is missing; takes a tensor {list(shape)}")
+            found = self.stored[name]
+            if found.shape != shape:
+                raise self.folder.refuse(f"{found.file}: {name} is {list(found.shape)}; takes {list(shape)}")
+        first = next(iter(wanted))
+        dtype = self.stored[first].dtype
+        for name, found in self.stored.items():
+            if name.endswith(DERIVED):
+                continue
+            if name not in wanted:
+                raise self.folder.refuse(f"{found.file}: {name} is none of the tensors of {self.family.architecture}")
+            if found.dtype not in DTYPES:
+                raise self.folder.refuse(f"{found.file}: {name} is {found.dtype}; takes {', '.join(DTYPES)}")
+            if found.dtype != dtype:
+                raise self.folder.refuse(f"{found.file}: {name} is {found.dtype}; takes {dtype}, as {first} is")
+        return DTYPES[dtype]
+
+    def _files(self) -> str:
+        files = sorted({stored.file for stored in self.stored.values()})
+        return files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of the files that are read."""
+        return sum((self.folder.path / file).stat().st_size for file in {at.file for at in self.stored.values()})
+
+    def parameters(self, abstract, progress: Callable[[str], None]):
+        """The parameters, each of them read into its shards.
+
+        Args:
+            abstract: their pytree, of jax.ShapeDtypeStructs with NamedShardings.
+            progress: told how far it is.
+        """
+        from maxsep.huggingface import weights  # imports JAX
+        from maxsep.output import tree
+
+        leaves = tree.named(abstract)
+        assert leaves.keys() == self.tensors.keys()
+        # In the order of `tensors`, from the first layer's attention to the experts.
+        loaded = {}
+        for number, (path, entry) in enumerate(self.tensors.items()):
+            progress(f"parameter {number + 1} of {len(leaves)}: {'.'.join(path)}")
+            loaded[path] = weights.parameter(entry, self.config.model, leaves[path], self._read)
+        return tree.like(abstract, loaded)
+
+    def _read(self, name: str, where: tuple[slice, ...]):
+        return self.folder.read(self.stored[name], name, where)
+
+
+def names(entry: Tensors, of: dict[str, int]) -> list[str]:
+    """The tensors that a parameter lies in, where letters have the sizes `of`."""
+    return [entry.named(numbers) for numbers in itertools.product(*(range(of[x]) for x in entry.numbered))]

@@ -1,0 +1,75 @@
+"""Weights between a checkpoint's tensors and our parameters: cut to shards, transposed, cast, in either direction."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from maxsep.config import ModelConfig
+from maxsep.huggingface.families import Tensors, sizes
+
+STRIP = 16  # rows of a source at a time: NumPy transposes narrow strips three times as fast as a whole matrix
+
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a part of the tensor of this name
+
+
+def parameter(tensors: Tensors, model: ModelConfig, abstract: jax.ShapeDtypeStruct, read: Read) -> jax.Array:
+    """One of our parameters, read tensor by tensor into the shards that this process has of it.
+
+    Args:
+        tensors: where it lies.
+        model: of the checkpoint.
+        abstract: its shape, dtype and NamedSharding; rows that only pad the vocabulary become 0.
+        read: reads a checkpoint's tensors.
+    """
+    of = sizes(model)
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        cut = (slice_.indices(size)[:2] for slice_, size in zip(index, abstract.shape, strict=True))
+        ranges = {x: range(start, stop) for x, (start, stop) in zip(tensors.letters, cut, strict=True)}
+        out = np.zeros([len(ranges[x]) for x in tensors.letters], abstract.dtype)
+        own = {x: range(ranges[x].start, min(ranges[x].stop, of[x])) for x in tensors.own}
+        kept = tuple(slice(0, max(len(own[x]), 0)) for x in tensors.own)
+        if not all(map(len, own.values())):
+            return out  # padding alone
+        # The letters of a tensor's dimensions in their order there, cut to the first of each dimension.
+        first = {dim[0] for dim in tensors.dims}
+        where = tuple(
+            slice(*(edge * math.prod(of[x] for x in dim[1:]) for edge in (own[dim[0]].start, own[dim[0]].stop)))
+            for dim in tensors.dims
+        )
+        there = "".join(tensors.dims)
+        shape = [len(own[x]) if x in first else of[x] for x in there]
+        rest = tuple(slice(None) if x in first else slice(own[x].start, own[x].stop) for x in there)
+        for at in np.ndindex(*(len(ranges[x]) for x in tensors.numbered)):
+            numbers = tuple(ranges[x][i] for x, i in zip(tensors.numbered, at, strict=True))
+            part = read(tensors.named(numbers), where).reshape(shape)[rest]
+            copy(out[at][kept], part, [there.index(x) for x in tensors.own])
+        return out
+
+    return jax.make_array_from_callback(abstract.shape, abstract.sharding, shard)
+
+
+def torch_tensors(tensors: Tensors, model: ModelConfig, array: np.ndarray, dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """The names and contents of a checkpoint's tensors that one of our parameters is."""
+    of = sizes(model)
+    there = "".join(tensors.dims)
+    order = [tensors.own.index(x) for x in there]
+    for numbers in itertools.product(*(range(of[x]) for x in tensors.numbered)):
+        part = array[numbers][tuple(slice(0, of[x]) for x in tensors.own)]
+        out = np.empty([of[x] for x in there], dtype)
+        copy(out, part, order)
+        yield tensors.named(numbers), out.reshape(tensors.shape(of))
+
+
+def copy(out: np.ndarray, source: np.ndarray, order: list[int]) -> None:
+    """Writes `source`, its dimensions in the order `order`, into `out`, cast to its dtype."""
+    axis = order.index(0)
+    if axis == 0:
+        out[...] = source.transpose(order)
+        return
+    for first in range(0, source.shape[0], STRIP):
+        strip = source[first : first + STRIP].transpose(order)
+        out[(*[slice(None)] * axis, slice(first, first + STRIP))] = strip
