@@ -83,8 +83,6 @@ def check(options: flags.FlagValues) -> None:
         raise ConfigError(f"--top_p: got {options.top_p}; takes a number above 0, up to 1")
     if options.seed >= 2**32:
         raise ConfigError(f"--seed: got {options.seed}; takes an integer from 0 to 2**32 - 1")
-    if options.step not in ("latest", "best") and not options.step.isdecimal():
-        raise ConfigError(f"--step: got {options.step!r}; takes the number of a step, latest or best")
     if options.score is not None and (options.prompt or options.prompts):
         raise ConfigError("--score: got beside prompts; takes one of the two")
     if options.json is not None:

@@ -17,7 +17,9 @@ from absl import flags
 from maxsep.cluster import process
 from maxsep.config import Config, ConfigError, cli, paths
 from maxsep.config.stored import at_home
+from maxsep.data.base_tokenizer import NO_END
 from maxsep.output import workdir
+from maxsep.output.durable import write_json
 from maxsep.output.staged import check_new, staged
 from maxsep.output.ticker import Ticker
 from maxsep.parallel.start import start
@@ -34,13 +36,13 @@ def define(values: flags.FlagValues) -> None:
 def config_of(argv: list[str]) -> tuple[Config, list[str]]:
     """The config of what is converted: of the model to import, or of the run to export."""
     command = next((argument for argument in argv if argument in COMMANDS), None)
-    if command == "export":
-        return cli.config_of_run(argv)
-    if command == "import":
-        from maxsep.huggingface.model import HuggingFaceModel
+    if command == "import" and (path := cli.take("checkpoint", argv)[0]):
+        from maxsep.huggingface.model import HuggingFaceModel  # imports NumPy, which would double the time of --help
 
-        return HuggingFaceModel(_needed("checkpoint", cli.take("checkpoint", argv)[0])).config, argv
-    return Config(), argv  # cli says that the command is missing
+        return HuggingFaceModel(path).config, argv
+    if command == "export" and cli.take("workdir", argv)[0]:
+        return cli.config_of_run(argv)
+    return Config(), argv  # something is missing, or mistyped: that is found next
 
 
 FOUND = cli.Found(config_of, ("layout", "mesh.stage", "mesh.attention", "mesh.expert", "mesh.inner", "model.dtype"))
@@ -53,7 +55,7 @@ def main(args: cli.Args) -> None:
     if args.command == "import":
         import_model(args.config, checkpoint, folder)
     else:
-        export_model(args.config, checkpoint, folder, args.flags.step)
+        export_model(args.config, folder, checkpoint, args.flags.step)
 
 
 def _needed(flag: str, value: str | None) -> str:
@@ -89,10 +91,51 @@ def import_model(config: Config, checkpoint: str, named: str) -> None:
         f"{model.folder.path}: {model.family.architecture}, {config.model.parameters:,} parameters, "
         f"{model.dtype}, {model.bytes / 1e9:.2f} GB in {seconds:.1f} s ({model.bytes / 1e9 / seconds:.2f} GB/s)"
     )
+    prompt = "--prompt=Return the"
+    if not model.tokenizer_files:
+        print("without a tokenizer.json: it takes ids alone, as numbers")
+        prompt = "--prompt=1 2 3"
+    here = paths.shown(folder)
+    print(f"complete a text: {paths.command('infer.py', f'--workdir={here}', prompt)}")
+    print(f"train it: {paths.command('train.py', '--workdir=NEW', f'--config.train.init_from={here}')}")
 
 
-def export_model(config: Config, checkpoint: str, named: str, step: str) -> None:
-    raise NotImplementedError
+def export_model(config: Config, named: str, checkpoint: str, step: str) -> None:
+    """Writes a run's model as transformers reads it: config.json, safetensors, tokenizer."""
+    begin = time.monotonic()
+    folder = paths.run_folder(named, exists=True, written=False)
+    out = paths.named("--checkpoint", checkpoint)
+    check_new("--checkpoint", out)
+    workdir.check_inference(folder, config, step)
+    from maxsep.data import tokenizer
+    from maxsep.huggingface import model_config, tokenizer_files
+
+    family = model_config.family_of(config.model)
+    words = tokenizer.of(config)
+    workdir.check_tokenizer(folder, config, words.fingerprint)
+    files = tokenizer_files.written(words, config.data.tokenizer)
+    # Rows that never had a probability are not written: transformers would give them one.
+    model = replace(config.model, vocab_size=words.vocab_size) if config.model.mask_unused_ids else config.model
+    ticker = Ticker()
+    with staged("--checkpoint", out) as partial:
+        config = start(config, fit_mesh=False, training=False)
+        from maxsep.huggingface.transfer import store
+
+        number, size = store(config, family, model, folder, step, partial, ticker.progress)
+        begins, ends = tokenizer_files.beginning(words, files), words.end_of_text
+        fields = model_config.write(
+            family, model, config.data.sequence_length, begins, None if ends == NO_END else ends
+        )
+        write_json(partial / "config.json", fields)
+        tokenizer_files.write(files, partial)
+    ticker.clear()
+    seconds = time.monotonic() - begin
+    print(
+        f"{paths.shown(out)}: {family.architecture}, step {number} of {paths.shown(folder)}, {config.model.dtype}, "
+        f"{size / 1e9:.2f} GB in {seconds:.1f} s"
+    )
+    if not files:
+        print(f"without a tokenizer: {config.data.tokenizer} has no tokenizer.json; ids are the run's own")
 
 
 if __name__ == "__main__":

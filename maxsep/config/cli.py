@@ -268,9 +268,7 @@ def config_of_run(argv: list[str], newest: Callable[[], Path] | None = None) -> 
         ConfigError: there is no such run.
     """
     folder = take("workdir", argv)[0]
-    if folder is None:
-        if newest is None:
-            raise ConfigError("--workdir: none given; takes the folder of a run")
+    if folder is None and newest is not None:
         folder = str(newest())
         argv = [*argv[:1], f"--workdir={folder}", *argv[1:]]
     return read_config(paths.run_folder(folder, exists=True, written=False))[0], argv

@@ -1,6 +1,7 @@
 """Paths that a user names, and where the package's own files lie."""
 
 import os
+import shlex
 from pathlib import Path
 
 from maxsep.config.schema import ConfigError
@@ -56,6 +57,11 @@ def user_cache() -> Path | None:
         return Path.home() / ".cache" / "maxsep"
     except RuntimeError:
         return None
+
+
+def command(program: str, *flags: str) -> str:
+    """A command line for people, of a program of the checkout, to be given from here."""
+    return shlex.join(["python", str(shown(REPOSITORY / program)), *flags])
 
 
 def shown(path: Path) -> Path:

@@ -4,6 +4,7 @@ A family is what `model_type` names in a config.json. How its class reads that f
 disk, are facts of transformers 4 and 5.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,6 +95,11 @@ class Tensors:
     def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Of each tensor, where letters have these `sizes`."""
         return tuple(math.prod(sizes[letter] for letter in dim) for dim in self.dims)
+
+
+def numbers(tensors: Tensors, of: dict[str, int]) -> Iterator[tuple[int, ...]]:
+    """The numbers of the tensors that a parameter lies in, where letters have the sizes `of`."""
+    return itertools.product(*(range(of[letter]) for letter in tensors.numbered))
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:

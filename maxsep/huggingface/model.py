@@ -1,6 +1,5 @@
 """A model in Hugging Face's form: found to be whole and one of ours before anything is loaded, then loaded."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -8,7 +7,7 @@ from functools import cached_property
 from maxsep.config import Config, ConfigError, DataConfig
 from maxsep.config.stored import OWN_TOKENIZER
 from maxsep.huggingface import model_config, tokenizer_files
-from maxsep.huggingface.families import Tensors, sizes, tensors
+from maxsep.huggingface.families import numbers, sizes, tensors
 from maxsep.huggingface.folder import DTYPES, Folder
 
 # Tensors that old files hold and that follow from the config.
@@ -54,7 +53,7 @@ class HuggingFaceModel:
         of, wanted = sizes(model), {}
         for entry in self.tensors.values():
             shape = entry.shape(of)
-            wanted |= dict.fromkeys(names(entry, of), shape)
+            wanted |= {entry.named(at): shape for at in numbers(entry, of)}
         if model.tied_embedding and "lm_head.weight" in self.stored:
             wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]  # a copy of it
         for name, shape in wanted.items():
@@ -106,8 +105,3 @@ class HuggingFaceModel:
 
     def _read(self, name: str, where: tuple[slice, ...]):
         return self.folder.read(self.stored[name], name, where)
-
-
-def names(entry: Tensors, of: dict[str, int]) -> list[str]:
-    """The tensors that a parameter lies in, where letters have the sizes `of`."""
-    return [entry.named(numbers) for numbers in itertools.product(*(range(of[x]) for x in entry.numbered))]

@@ -159,7 +159,7 @@ def _refuse(name: str, got: Any, takes: str) -> None:
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The family that has a model of ours; the first of them where two have.
+    """The family that has a model of ours.
 
     Raises:
         ConfigError: none has.
@@ -179,21 +179,20 @@ def family_of(model: ModelConfig) -> Family:
     return family
 
 
-def write(family: Family, model: ModelConfig, context: int, dtype: str, bos: int | None, eos: int | None) -> dict:
+def write(family: Family, model: ModelConfig, context: int, bos: int | None, eos: int | None) -> dict:
     """The content of a config.json, which transformers 4 and 5 read.
 
     Args:
         family: `family_of` the model.
-        model: its `vocab_size` is what is written.
+        model: with as many ids and of the dtype that are written.
         context: the longest, in tokens.
-        dtype: of the weights.
         bos: id that begins a text; None: there is none.
         eos: id that ends a text; likewise.
     """
     fields = {
         "architectures": [family.architecture],
         "model_type": family.name,
-        "torch_dtype": dtype,
+        "torch_dtype": model.dtype,
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "num_hidden_layers": model.layers,

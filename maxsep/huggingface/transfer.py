@@ -1,21 +1,33 @@
 """Weights on their way: from a model's files into the checkpoint of a run, and back."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
-from maxsep.config import Config, ConfigError
+from maxsep.config import Config, ConfigError, ModelConfig
+from maxsep.huggingface import weights
+from maxsep.huggingface.families import Family, Tensors, numbers, sizes, tensors
+from maxsep.huggingface.folder import INDEX, WHOLE
 from maxsep.huggingface.model import HuggingFaceModel
+from maxsep.inference.load import parameters
 from maxsep.model.transformer import Transformer
+from maxsep.output import tree
 from maxsep.output.checkpoint import Checkpoints, NotFinite, SaveError
+from maxsep.output.durable import write_json
 from maxsep.output.workdir import CHECKPOINTS
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.mesh import make_mesh
-from maxsep.parallel.sharding import on_mesh
+from maxsep.parallel.sharding import fetched, on_mesh
 
-SHARD_BYTES = 4e9  # of an exported file
+FILE_BYTES = 4_000_000_000  # of tensors in an exported file
 
 
 def abstract_params(config: Config) -> dict:
@@ -43,3 +55,98 @@ def load(model: HuggingFaceModel, config: Config, folder: Path, progress: Callab
             raise model.folder.refuse(f"*.safetensors: {e}; takes finite weights") from None
         except SaveError as e:
             raise ConfigError(f"--workdir: {e}") from e
+
+
+class Written(NamedTuple):
+    """One tensor of an export."""
+
+    name: str
+    entry: Tensors
+    path: tuple[str, ...]  # of the parameter
+    numbers: tuple[int, ...]  # of layer and expert
+    bytes: int
+
+
+def store(
+    config: Config, family: Family, model: ModelConfig, run: Path, step: str, out: Path, progress: Callable[[str], None]
+) -> tuple[int, int]:
+    """Writes a run's parameters as safetensors: one file, or several and their index.
+
+    Args:
+        config: the run's; weights are written in its `model.dtype`.
+        family: which the model is of.
+        model: the config's, with as many ids as are to be written.
+        run: the run's folder.
+        step: of the checkpoint: a number, `latest` or `best`.
+        out: the folder to write into.
+        progress: told how far it is.
+
+    Returns:
+        The step, and the bytes of all tensors.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read, or a file cannot be written.
+    """
+    dtype = jnp.dtype(config.model.dtype)
+    with jax.set_mesh(make_mesh(config)):
+        progress("reading the checkpoint")
+        restored = parameters(abstract_params(config), run, step)
+        arrays = {path: fetched(array) for path, array in tree.named(restored.state).items()}
+    all_written = _in_order(family, model, dtype.itemsize)
+    files = _files(all_written)
+    where = {}
+    for number, written in enumerate(files):
+        name = WHOLE if len(files) == 1 else f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        progress(f"writing {name}")
+        contents = {w.name: weights.tensor(w.entry, model, arrays[w.path], w.numbers, dtype) for w in written}
+        _save(contents, out / name)
+        where |= dict.fromkeys(contents, name)
+    size = sum(written.bytes for written in all_written)
+    if len(files) > 1:
+        write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    return restored.step, size
+
+
+def _in_order(family: Family, model: ModelConfig, itemsize: int) -> list[Written]:
+    """All tensors, a layer's together, as they are used."""
+    of = sizes(model)
+
+    def all_of() -> Iterator[Written]:
+        for path, entry in tensors(family, model).items():
+            count = int(np.prod(entry.shape(of))) * itemsize
+            for at in numbers(entry, of):
+                yield Written(entry.named(at), entry, path, at, count)
+
+    last = ("final_norm", "head_vd")
+
+    def place(written: Written) -> int:
+        return written.numbers[0] if written.numbers else model.layers if written.path[0] in last else -1
+
+    return sorted(all_of(), key=place)
+
+
+def _files(all_written: list[Written]) -> list[list[Written]]:
+    """The tensors in files of `FILE_BYTES` at most, or of one tensor."""
+    files: list[list[Written]] = [[]]
+    size = 0
+    for written in all_written:
+        if files[-1] and size + written.bytes > FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(written)
+        size += written.bytes
+    return files
+
+
+def _save(contents: dict[str, np.ndarray], path: Path) -> None:
+    """Writes one file, which is on disk when this returns.
+
+    Raises:
+        OSError: it is not.
+    """
+    try:
+        save_file(contents, path, metadata={"format": "pt"})
+    except SafetensorError as e:
+        raise OSError(" ".join(str(e).split())) from e
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,8 +1,7 @@
 """Weights between a checkpoint's tensors and our parameters: cut to shards, transposed, cast, in either direction."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -52,16 +51,14 @@ def parameter(tensors: Tensors, model: ModelConfig, abstract: jax.ShapeDtypeStru
     return jax.make_array_from_callback(abstract.shape, abstract.sharding, shard)
 
 
-def torch_tensors(tensors: Tensors, model: ModelConfig, array: np.ndarray, dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """The names and contents of a checkpoint's tensors that one of our parameters is."""
+def tensor(tensors: Tensors, model: ModelConfig, array: np.ndarray, numbers: tuple[int, ...], dtype) -> np.ndarray:
+    """One of a checkpoint's tensors that our parameter `array` is, that of layer and expert `numbers`."""
     of = sizes(model)
     there = "".join(tensors.dims)
-    order = [tensors.own.index(x) for x in there]
-    for numbers in itertools.product(*(range(of[x]) for x in tensors.numbered)):
-        part = array[numbers][tuple(slice(0, of[x]) for x in tensors.own)]
-        out = np.empty([of[x] for x in there], dtype)
-        copy(out, part, order)
-        yield tensors.named(numbers), out.reshape(tensors.shape(of))
+    part = array[numbers][tuple(slice(0, of[x]) for x in tensors.own)]
+    out = np.empty([of[x] for x in there], dtype)
+    copy(out, part, [tensors.own.index(x) for x in there])
+    return out.reshape(tensors.shape(of))
 
 
 def copy(out: np.ndarray, source: np.ndarray, order: list[int]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import ConfigError
 from maxsep.inference.program import Program
-from maxsep.output.checkpoint import Checkpoints
+from maxsep.output.checkpoint import Checkpoints, Restored
 from maxsep.output.workdir import CHECKPOINTS
 from maxsep.parallel.sharding import on_mesh
 
@@ -13,8 +13,18 @@ from maxsep.parallel.sharding import on_mesh
 def load(program: Program, folder: Path, step: str, job: Job = ALONE) -> tuple[dict, int]:
     """The weights that `program` takes of the run in `folder`, and the step that they are of.
 
+    Args and Raises: as `parameters`; `program` is of the run's config, on any mesh.
+    """
+    params, _, number = parameters(on_mesh(program.abstract_params), folder, step, job)
+    return program.weights(params), number
+
+
+def parameters(abstract_params, folder: Path, step: str, job: Job = ALONE) -> Restored:
+    """The parameters of the run in `folder`.
+
     Args:
-        program: of the run's config, on any mesh.
+        abstract_params: their pytree, of jax.ShapeDtypeStructs with NamedShardings; the dtypes may be others than those
+            that were saved.
         folder: of the run; nothing in it is changed.
         step: a number, `latest`, or `best` (of the lowest held-out loss).
         job: this process and the others.
@@ -31,5 +41,4 @@ def load(program: Program, folder: Path, step: str, job: Job = ALONE) -> tuple[d
                 raise ConfigError(f"--step: got best, but no checkpoint in {folder} has been evaluated")
         else:
             number = int(step)
-        params, _, number = checkpoints.restore_params(on_mesh(program.abstract_params), number, cast=True)
-        return program.weights(params), number
+        return checkpoints.restore_params(abstract_params, number, cast=True)

@@ -111,16 +111,18 @@ def check_not_imported(folder: Path) -> None:
     """
     if (folder / "config.json").exists() and "imported" in read_config(folder)[1]:
         why = "an imported model: it has no corpus, and no optimizer to go on with"
-        train = f"python train.py --workdir=NEW --config.train.init_from={paths.shown(folder)}"
-        raise ConfigError(f"--workdir: got {folder}, {why}; takes another folder, as `{train}`")
+        train = paths.command("train.py", "--workdir=NEW", f"--config.train.init_from={paths.shown(folder)}")
+        raise ConfigError(f"--workdir: got {folder}, {why}; takes another folder, as {train}")
 
 
 def check_inference(folder: Path, config: Config, step: str) -> None:
     """Refuses, before anything slow, a run that cannot be used with `config`, its own but for `INFERENCE_TAKES`.
 
     Raises:
-        ConfigError: it has no checkpoint, or not that of `step` (a number, or a word).
+        ConfigError: it has no checkpoint, or not that of `step` (a number, latest or best).
     """
+    if step not in ("latest", "best") and not step.isdecimal():
+        raise ConfigError(f"--step: got {step!r}; takes the number of a step, latest or best")
     if not has_checkpoint(folder):
         raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
     steps = sorted(int(entry.name) for entry in (folder / CHECKPOINTS).iterdir() if entry.name.isdigit())

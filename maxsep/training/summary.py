@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import statistics
 from pathlib import Path
 
@@ -42,14 +41,10 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> Non
             },
         )
     )
-    here = paths.shown(folder)
-
-    def command(program: str, flag: str) -> str:
-        return shlex.join(["python", str(paths.shown(paths.REPOSITORY / program)), f"--workdir={here}", flag])
-
-    console.say(f"complete a text: {command('infer.py', '--prompt=Return the')}")
+    here = f"--workdir={paths.shown(folder)}"
+    console.say(f"complete a text: {paths.command('infer.py', here, '--prompt=Return the')}")
     more = f"--config.train.steps={2 * summary['steps']}"
-    console.say(f"train on, at the last learning rate: {command('train.py', more)}")
+    console.say(f"train on, at the last learning rate: {paths.command('train.py', here, more)}")
 
 
 def _before(path: Path) -> dict:
