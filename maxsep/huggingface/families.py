@@ -40,7 +40,7 @@ FAMILIES = {
             top_k_is_normalized=True,
             moe="block_sparse_moe",
             gate_up_down=("w1", "w3", "w2"),
-            neutral={"router_jitter_noise": (0,), "sliding_window": ()},
+            neutral={"router_jitter_noise": (0.0,), "sliding_window": ()},
         ),
         Family(
             name="qwen3_moe",

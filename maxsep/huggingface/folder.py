@@ -4,6 +4,7 @@ Files may be symbolic links within the folder, or into the `blobs` beside it whe
 """
 
 import json
+import threading
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -37,6 +38,7 @@ class Folder:
         if not self.path.is_dir():
             raise ConfigError(f"--checkpoint: got {path!r}, which is no folder; takes one with a config.json")
         self._opened: tuple[str, object] | None = None
+        self._lock = threading.Lock()  # several threads may read
 
     def refuse(self, what: str) -> ConfigError:
         """The error for what is wrong with something in it."""
@@ -127,12 +129,15 @@ class Folder:
         return self._opened[1]
 
     def read(self, stored: Stored, name: str, where: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor, copied out of its file.
+        """A part of a tensor: all of it as it lies in the mapped file, less than that as a copy.
 
         Raises:
             ConfigError: it cannot be read.
         """
+        whole = all((cut.start, cut.stop) == (0, size) for cut, size in zip(where, stored.shape, strict=True))
         try:
-            return self._open(stored.file).get_slice(name)[where]
+            with self._lock:
+                file = self._open(stored.file)
+            return file.get_tensor(name) if whole else file.get_slice(name)[where]
         except (SafetensorError, OSError) as e:
             raise self.refuse(f"{stored.file}: {name} cannot be read ({' '.join(str(e).split())})") from None

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 from maxsep.config import ModelConfig
 from maxsep.huggingface.families import Tensors, sizes
+from maxsep.parallel.start import cores
 
+ALIGNMENT = 64  # bytes
 STRIP = 16  # rows of a source at a time: NumPy transposes narrow strips three times as fast as a whole matrix
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a part of the tensor of this name
@@ -28,11 +31,13 @@ def parameter(tensors: Tensors, model: ModelConfig, abstract: jax.ShapeDtypeStru
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         cut = (slice_.indices(size)[:2] for slice_, size in zip(index, abstract.shape, strict=True))
         ranges = {x: range(start, stop) for x, (start, stop) in zip(tensors.letters, cut, strict=True)}
-        out = np.zeros([len(ranges[x]) for x in tensors.letters], abstract.dtype)
+        out = aligned([len(ranges[x]) for x in tensors.letters], abstract.dtype)
         own = {x: range(ranges[x].start, min(ranges[x].stop, of[x])) for x in tensors.own}
-        kept = tuple(slice(0, max(len(own[x]), 0)) for x in tensors.own)
-        if not all(map(len, own.values())):
-            return out  # padding alone
+        kept = tuple(slice(0, len(own[x])) for x in tensors.own)
+        if own != {x: ranges[x] for x in tensors.own}:
+            out[...] = 0
+            if not all(map(len, own.values())):
+                return out  # padding alone
         # The letters of a tensor's dimensions in their order there, cut to the first of each dimension.
         first = {dim[0] for dim in tensors.dims}
         where = tuple(
@@ -42,13 +47,25 @@ def parameter(tensors: Tensors, model: ModelConfig, abstract: jax.ShapeDtypeStru
         there = "".join(tensors.dims)
         shape = [len(own[x]) if x in first else of[x] for x in there]
         rest = tuple(slice(None) if x in first else slice(own[x].start, own[x].stop) for x in there)
-        for at in np.ndindex(*(len(ranges[x]) for x in tensors.numbered)):
+
+        def fill(at: tuple[int, ...]) -> None:
             numbers = tuple(ranges[x][i] for x, i in zip(tensors.numbered, at, strict=True))
             part = read(tensors.named(numbers), where).reshape(shape)[rest]
             copy(out[at][kept], part, [there.index(x) for x in tensors.own])
+
+        with ThreadPoolExecutor(cores()) as threads:
+            list(threads.map(fill, np.ndindex(*(len(ranges[x]) for x in tensors.numbered))))
         return out
 
     return jax.make_array_from_callback(abstract.shape, abstract.sharding, shard)
+
+
+def aligned(shape: list[int], dtype) -> np.ndarray:
+    """Memory that JAX's CPU devices take over without a copy."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(count + ALIGNMENT, np.uint8)  # zeros would come in small pages, which take a second a GB
+    first = -room.ctypes.data % ALIGNMENT
+    return room[first : first + count].view(dtype).reshape(shape)
 
 
 def tensor(tensors: Tensors, model: ModelConfig, array: np.ndarray, numbers: tuple[int, ...], dtype) -> np.ndarray:
@@ -63,6 +80,8 @@ def tensor(tensors: Tensors, model: ModelConfig, array: np.ndarray, numbers: tup
 
 def copy(out: np.ndarray, source: np.ndarray, order: list[int]) -> None:
     """Writes `source`, its dimensions in the order `order`, into `out`, cast to its dtype."""
+    if out.dtype == source.dtype:  # NumPy moves its own kinds faster than bfloat16
+        out, source = (x.view(f"u{x.dtype.itemsize}") for x in (out, source))
     axis = order.index(0)
     if axis == 0:
         out[...] = source.transpose(order)

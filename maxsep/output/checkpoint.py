@@ -21,7 +21,7 @@ from maxsep.cluster.job import ALONE, End, Job
 from maxsep.config import ConfigError, cli
 from maxsep.output import orbax_errors, tree
 from maxsep.output.console import say
-from maxsep.output.saved_step import RECORD, STATE, Damaged, Record, SavedStep, array_handler, one_line
+from maxsep.output.saved_step import FILE_BYTES, RECORD, STATE, Damaged, Record, SavedStep, array_handler, one_line
 
 DAMAGED = "damaged"  # where a run that goes on from an older step puts those that it could not
 TRASH = "trash"  # retention renames a step into it, so that a kill never leaves a step half deleted
@@ -97,7 +97,7 @@ class Checkpoints:
             more = f", and {len(infinite) - 1} more" if len(infinite) > 1 else ""
             raise NotFinite(f"the state after step {step} is not finite: {infinite[0]}{more}")
         items = {
-            STATE: ocp.args.PyTreeSave(tree.nested(arrays)),
+            STATE: ocp.args.PyTreeSave(tree.nested(arrays), ocdbt_target_data_file_size=FILE_BYTES),
             RECORD: ocp.args.JsonSave(record.to_json()),
         }
         self._saving, self._losses[step] = step, _or_infinite(eval_loss)
