@@ -29,7 +29,7 @@ def define(values: flags.FlagValues) -> None:
     string("workdir", None, "folder of the run (default: the newest under runs/)")
     string("step", "latest", "checkpoint: a step's number, latest, or best (lowest held-out loss)")
     flags.DEFINE_multi_string("prompt", [], "text to go on with; may be given again", flag_values=values)
-    string("prompts", None, 'file of prompts: .txt, one a line; .jsonl, {"prompt": …} a line')
+    string("prompts", None, 'file of prompts: .txt, one a line; .jsonl, {"prompt": …} or {"tokens": […]} a line')
     integer("max_new_tokens", 64, 1, "most tokens to add to a prompt")
     flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token", flag_values=values)
     integer("top_k", None, 1, "draw among this many of the likeliest tokens")

@@ -1,6 +1,7 @@
 """Sixteen simulated devices for every test; set before JAX is imported."""
 
 import contextlib
+import io
 import os
 import shutil
 import sys
@@ -23,6 +24,7 @@ import kill
 from jax.experimental.compilation_cache import compilation_cache
 from runs import SMALL
 
+import infer
 import train
 from maxsep.config import cli
 
@@ -94,3 +96,16 @@ def finished(finished_run, workdir):
     """A run of 4 steps, to be changed."""
     shutil.copytree(finished_run, workdir)
     return workdir
+
+
+@pytest.fixture
+def complete(capsys, monkeypatch, kept_programs):
+    """Calls infer.py: its exit status, what it printed, and its errors."""
+
+    def complete(*arguments, given=""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+        with kept_programs():
+            status = cli.run(infer.main, infer.define, infer.__doc__, argv=["infer.py", *arguments], found=infer.FOUND)
+        return status, *capsys.readouterr()
+
+    return complete

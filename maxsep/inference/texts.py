@@ -36,7 +36,11 @@ def prompts(given: Sequence[str], file: str | None, tokenizer, context: int) -> 
     encoded = []
     for number, text in enumerate(found, 1):
         which = name if len(found) == 1 else f"{name}: prompt {number} of {len(found)}"
-        ids = _encoded(which, text, tokenizer)
+        if isinstance(text, str):
+            ids = _encoded(which, text, tokenizer)
+        else:
+            ids = _ids(which, text, tokenizer)
+            text = tokenizer.decode(ids)
         if not ids:
             raise ConfigError(f"{which}: got {_short(text)}, which is empty; takes at least one token")
         _fits(which, ids, context)
@@ -63,14 +67,7 @@ def to_score(file: str, tokenizer, context: int) -> list[list[int]]:
                 raise ConfigError(f"{where}: got {_short(text)} as text; takes a string that is not empty")
             found.append(_encoded(where, text, tokenizer))
             continue
-        ids = entry["tokens"]
-        if not isinstance(ids, list) or not ids:
-            raise ConfigError(f"{where}: got {_short(ids)} as tokens; takes a list of ids that is not empty")
-        for token in ids:
-            if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
-                takes = f"integers from 0 to {tokenizer.vocab_size - 1}, the tokenizer's ids"
-                raise ConfigError(f"{where}: got {_short(token)} among the tokens; takes {takes}")
-        found.append(ids)
+        found.append(_ids(where, entry["tokens"], tokenizer))
     if not found:
         raise ConfigError(f"--score: {file} is empty; takes at least one line")
     for number, ids in enumerate(found, 1):
@@ -90,13 +87,23 @@ def _encoded(where: str, text: str, tokenizer) -> list[int]:
     return ids
 
 
+def _ids(where: str, ids, tokenizer) -> list[int]:
+    if not isinstance(ids, list) or not ids:
+        raise ConfigError(f"{where}: got {_short(ids)} as tokens; takes a list of ids that is not empty")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
+            takes = f"integers from 0 to {tokenizer.vocab_size - 1}, the tokenizer's ids"
+            raise ConfigError(f"{where}: got {_short(token)} among the tokens; takes {takes}")
+    return ids
+
+
 def _fits(where: str, ids: list[int], context: int, more: int = 0) -> None:
     if len(ids) > context:
         takes = f"at most {context + more}, as the model was trained on sequences of {context}"
         raise ConfigError(f"{where}: got {len(ids) + more} tokens; takes {takes} (data.sequence_length)")
 
 
-def _of_file(file: str) -> list[str]:
+def _of_file(file: str) -> list[str | list]:
     suffix = Path(file).suffix
     if suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"--prompts: got {file}; takes a .txt file (a prompt a line) or a .jsonl file")
@@ -106,9 +113,10 @@ def _of_file(file: str) -> list[str]:
     found = []
     for number, line in enumerate(lines, 1):
         where = f"--prompts: {file}:{number}"
-        prompt = _object(line, where, '{"prompt": …}').get("prompt")
-        if not isinstance(prompt, str):
-            raise ConfigError(f'{where}: got {_short(line)}; takes {{"prompt": …}} with a string')
+        entry = _object(line, where, '{"prompt": …} or {"tokens": […]}')
+        prompt = entry.get("prompt", entry.get("tokens"))
+        if not isinstance(prompt, str if "prompt" in entry else list):
+            raise ConfigError(f'{where}: got {_short(line)}; takes {{"prompt": …}} with a string, or {{"tokens": […]}}')
         found.append(prompt)
     return found
 

@@ -1,35 +1,19 @@
 """infer.py as its user calls it, in this process, on a run of 4 steps."""
 
-import io
 import json
 import math
 import re
 import shutil
-import sys
 
 import pytest
 from runs import snapshot
 
-import infer
 from maxsep.config import ConfigError, cli
 from maxsep.config.stored import read_config
 from maxsep.data import preparation
 from maxsep.data.base_tokenizer import Unencodable
 from maxsep.data.tokenizer import ByteTokenizer
 from maxsep.inference import texts
-
-
-@pytest.fixture
-def complete(capsys, monkeypatch, kept_programs):
-    """Calls infer.py: its exit status, what it printed, and its errors."""
-
-    def complete(*arguments, given=""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
-        with kept_programs():
-            status = cli.run(infer.main, infer.define, infer.__doc__, argv=["infer.py", *arguments], found=infer.FOUND)
-        return status, *capsys.readouterr()
-
-    return complete
 
 
 def lines(path):
