@@ -35,9 +35,10 @@ def read(fields: dict[str, Any]) -> tuple[Family, ModelConfig, int]:
     Raises:
         ConfigError: it is of another architecture, or has a field that would change the model; the field comes first.
     """
-    family = FAMILIES.get(fields.get("model_type"))
-    if family is None:
-        _refuse("model_type", fields.get("model_type", "nothing"), ", ".join(FAMILIES))
+    named = fields.get("model_type", "nothing")
+    if named not in list(FAMILIES):
+        _refuse("model_type", named, ", ".join(FAMILIES))
+    family = FAMILIES[named]
     named = fields.get("architectures") or [family.architecture]
     if family.architecture not in named:
         _refuse("architectures", named, family.architecture)
