@@ -103,6 +103,7 @@ class DataConfig:
     eval_split: str | None = None  # held-out split; None: validation where there is one, else the last 10 % of train
     sequence_length: int = 1024  # tokens
     tokenizer: str = "gpt2"  # gpt2, gpt2:N (its first N ids), bytes, ids:N[:END] (numbers), a tokenizer.json's path
+    begin_prompts: bool = False  # begin prompts and texts to score as the tokenizer.json begins one; training does not
     cross_document_attention: bool = True  # may a token attend to earlier documents of its sequence
     max_tokens: int | None = None  # prepare at most this many training tokens
     eval_max_tokens: int | None = None  # prepare at most this many held-out tokens

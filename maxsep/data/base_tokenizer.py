@@ -14,13 +14,15 @@ class Tokenizer(abc.ABC):
     """Text to token ids and back. Text that spells a special token is encoded as any other.
 
     `vocab_size`; `end_of_text`: the id that ends a document, or `NO_END`; `fingerprint`: a hash of what decides the
-    ids; `unknown`: the token that stands for what has none, None where such pieces are left out, or cannot be.
+    ids; `unknown`: the token that stands for what has none, None where such pieces are left out, or cannot be;
+    `beginning`: ids that come before a prompt's.
     """
 
     vocab_size: int
     end_of_text: int
     fingerprint: str
     unknown: str | None = None
+    beginning: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """The text's ids.

@@ -52,6 +52,7 @@ class JsonTokenizer(Tokenizer):
         self._known = {c for c in map(chr, range(128)) if self._has_token(c)} if self._may_leave_out else set()
         self._knows_ascii = len(self._known) == 128
         self._ids_of = {}  # letters of spelled tokens
+        self.beginning = _beginning(self._tokenizer)
 
     def _encode(self, text: str) -> tuple[list[int], int]:
         found = self._tokenizer.encode(text, add_special_tokens=False)
@@ -140,6 +141,19 @@ def _parsed(path: str, content: str):
     found.no_padding()
     found.encode_special_tokens = True
     return found
+
+
+def _beginning(tokenizer) -> tuple[int, ...]:
+    """The ids that the file's post-processor puts before those of a text."""
+    for text in ("a", "0", ".", "一"):
+        try:
+            alone, whole = (tokenizer.encode(text, add_special_tokens=special).ids for special in (False, True))
+        except Exception:  # how a model without an unknown token says that it knows no such letter
+            continue
+        if alone:
+            starts = [i for i in range(len(whole)) if whole[i : i + len(alone)] == alone]
+            return tuple(whole[: starts[0]]) if starts else ()
+    return ()
 
 
 def _unknown_id(fields: dict, model) -> int | None:

@@ -24,7 +24,7 @@ def load(name: str) -> Tokenizer:
 
 
 def of(config: Config) -> Tokenizer:
-    """As `load`, of a config.
+    """As `load`, of a config, and with a `beginning` only where it says so.
 
     Raises:
         ConfigError: also where its model has too few ids.
@@ -33,6 +33,8 @@ def of(config: Config) -> Tokenizer:
     if config.model.vocab_size < found.vocab_size:
         takes = f"at least {found.vocab_size}, as data.tokenizer is {config.data.tokenizer}"
         raise ConfigError(f"model.vocab_size: got {config.model.vocab_size}; takes {takes}")
+    if not config.data.begin_prompts:
+        found.beginning = ()
     return found
 
 

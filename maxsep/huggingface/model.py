@@ -41,7 +41,12 @@ class HuggingFaceModel:
         # No file of ours computes in float16, which float32 holds.
         self.config = Config(
             model=replace(model, dtype="float32" if self.dtype == "float16" else self.dtype),
-            data=DataConfig(sequence_length=context, tokenizer=OWN_TOKENIZER if self.tokenizer_files else ids),
+            # Prompts as transformers makes them.
+            data=DataConfig(
+                sequence_length=context,
+                tokenizer=OWN_TOKENIZER if self.tokenizer_files else ids,
+                begin_prompts=bool(self.tokenizer_files),
+            ),
         )
 
     def _check(self, model) -> str:

@@ -84,7 +84,7 @@ def _encoded(where: str, text: str, tokenizer) -> list[int]:
         raise ConfigError(f"{where}: got {_short(text)}, of which the run's tokenizer knows nothing; takes other text")
     if unknown:
         print(f"WARNING: {where}: {tokenizer.lacks(unknown, _short(text))}", file=sys.stderr, flush=True)
-    return ids
+    return [*tokenizer.beginning, *ids]
 
 
 def _ids(where: str, ids, tokenizer) -> list[int]:

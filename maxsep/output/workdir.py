@@ -45,6 +45,7 @@ RESUME_MAY_CHANGE = (
     "data.name",
     "data.cache",
     "data.tokenizer",
+    "data.begin_prompts",
     "model.remat",
     "model.scan_layers",
     "model.attention_kernel",
@@ -74,6 +75,7 @@ INFERENCE_TAKES = (
     "mesh.inner",
     "data.sequence_length",
     "data.tokenizer",
+    "data.begin_prompts",
     "model.attention_kernel",
     "model.dtype",
 )
