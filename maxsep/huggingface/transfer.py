@@ -148,5 +148,6 @@ def _save(contents: dict[str, np.ndarray], path: Path) -> None:
         save_file(contents, path, metadata={"format": "pt"})
     except SafetensorError as e:
         raise OSError(" ".join(str(e).split())) from e
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it for its owner alone
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -1,0 +1,124 @@
+"""A model's tokenizer goes with it: in beside the run, out beside the weights, with the same ids."""
+
+import json
+import shutil
+
+import hypothesis
+import pytest
+from conversion import GOLDEN, converted, exported, imported
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from maxsep.config import cli
+from maxsep.config.stored import read_config
+from maxsep.data import tokenizer
+from maxsep.huggingface import tokenizer_files
+
+TEXT = "the cat sat on the mat and the dog ran to the log in the fog, 12 times."
+
+
+def files(folder):
+    return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model with a tokenizer.json that begins texts with <s>, and whose end of a text only config.json tells."""
+    folder = shutil.copytree(GOLDEN / "mixtral_odd", tmp_path / "model")
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    words.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "[END]"]))
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    (folder / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "add_bos_token": true}')
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 5]}))
+    return folder
+
+
+def test_a_tokenizer_json_goes_in_and_out(model, tmp_path):
+    run = imported(model, tmp_path / "run")
+    moved = run.rename(tmp_path / "moved")
+    out = exported(moved, tmp_path / "out")
+    before, after = files(model), files(out)
+    assert after["tokenizer.json"] == before["tokenizer.json"]
+    assert after["special_tokens_map.json"] == before["special_tokens_map.json"]
+    assert after["tokenizer_config.json"].items() >= before["tokenizer_config.json"].items()
+    assert after["tokenizer_config.json"]["eos_token"] == "[END]"
+    assert (after["config.json"]["bos_token_id"], after["config.json"]["eos_token_id"]) == (1, 2)
+
+
+def test_prompts_and_texts_begin_as_transformers_begins_them(model, tmp_path, complete):
+    run = imported(model, tmp_path / "run")
+    ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode("the cat").ids
+    assert ids[0] == 1
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "out.jsonl"
+    texts.write_text('{"text": "the cat"}\n' + json.dumps({"tokens": ids}) + "\n")
+    assert complete(f"--workdir={run}", f"--score={texts}", f"--json={out}")[0] == cli.DONE
+    begun, given = (json.loads(line) for line in out.read_text().splitlines())
+    assert begun == given and begun["tokens"] == ids
+    # What is trained on has no beginning; it can be had without.
+    plain = read_config(run)[0]
+    assert tokenizer.load(plain.data.tokenizer).encode("the cat") == ids[1:]
+    how = (f"--workdir={run}", f"--score={texts}", f"--json={out}", "--config.data.begin_prompts=False")
+    assert complete(*how)[0] == cli.DONE
+    assert json.loads(out.read_text().splitlines()[0])["tokens"] == ids[1:]
+
+
+def test_without_a_tokenizer_ids_are_text(tmp_path, capsys, complete):
+    run = imported(GOLDEN / "olmoe_odd", tmp_path / "run")
+    assert "without a tokenizer.json: it takes ids alone, as numbers\n" in capsys.readouterr().out
+    status, out, err = complete(f"--workdir={run}", "--prompt=1 5 66", "--max_new_tokens=3", "--temperature=0")
+    assert (status, err) == (cli.DONE, "")
+    assert any(line.startswith("1 5 66 ") and len(line.split()) == 6 for line in out.splitlines())
+    for prompt in ("1 five", "67", "-1", "٣"):
+        status, _, err = complete(f"--workdir={run}", f"--prompt={prompt}")
+        assert status == cli.USER_ERROR
+        assert "is no id below 67, and this model takes ids alone" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["ids:0", "ids:", "ids:x", "ids:5:5", "ids:5:", "ids:-3", "ids:05"])
+def test_ids_are_spelled_so(name):
+    with pytest.raises(ValueError, match=rf"^data\.tokenizer: got '{name}'; takes ids:N, or ids:N:E"):
+        tokenizer.load(name)
+
+
+def test_ids_and_their_end():
+    assert tokenizer.load("ids:32000:2").end_of_text == 2
+    assert tokenizer.load("ids:32000").end_of_text == -1
+    assert tokenizer.load("ids:9").decode([3, 1]) == "3 1"
+
+
+@pytest.fixture(scope="module", params=["gpt2:257", "gpt2:1000", "gpt2"])
+def pair(request):
+    ours = tokenizer.load(request.param)
+    written = tokenizer_files.written(ours, request.param)
+    return ours, Tokenizer.from_str(written["tokenizer.json"].decode()), json.loads(written["tokenizer_config.json"])
+
+
+@hypothesis.given(st.text() | st.text("abcd'st \n\t12é").map(lambda text: text * 3))
+@hypothesis.example("It's  two\n\n  lines\t\t of 1234 naïve \u00a0 cafés, don't\u3000 你好 ")
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_gpt2_is_written_with_the_same_ids(pair, text):
+    ours, theirs, settings = pair
+    hypothesis.assume(settings["eos_token"] not in text)
+    ids = theirs.encode(text).ids
+    assert ids == ours.encode(text)
+    assert theirs.decode(ids) == text
+
+
+def test_gpt2_ends_texts_alike(pair):
+    ours, theirs, settings = pair
+    assert theirs.token_to_id(settings["eos_token"]) == ours.end_of_text
+    assert theirs.get_vocab_size() == ours.vocab_size
+
+
+def test_bytes_have_no_such_form(finished_run, tmp_path, capsys):
+    out = exported(finished_run, tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "without a tokenizer: bytes has no tokenizer.json; ids are the run's own\n" in told
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 257
+    assert converted("import", f"--checkpoint={out}", f"--workdir={tmp_path / 'back'}") == cli.DONE
