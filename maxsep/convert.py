@@ -95,6 +95,8 @@ def import_model(config: Config, checkpoint: str, named: str) -> None:
     if not model.tokenizer_files:
         print("without a tokenizer.json: it takes ids alone, as numbers")
         prompt = "--prompt=1 2 3"
+    if others := [end for end in model.ends if end != words.end_of_text]:
+        print(f"texts end with id {words.end_of_text}; config.json also has {others}, which end none here")
     here = paths.shown(folder)
     print(f"complete a text: {paths.command('infer.py', f'--workdir={here}', prompt)}")
     print(f"train it: {paths.command('train.py', '--workdir=NEW', f'--config.train.init_from={here}')}")
@@ -134,6 +136,8 @@ def export_model(config: Config, named: str, checkpoint: str, step: str) -> None
         f"{paths.shown(out)}: {family.architecture}, step {number} of {paths.shown(folder)}, {config.model.dtype}, "
         f"{size / 1e9:.2f} GB in {seconds:.1f} s"
     )
+    if model.vocab_size < config.model.vocab_size:
+        print(f"without the ids from {model.vocab_size} on, which the tokenizer lacks: they never had a probability")
     if not files:
         print(f"without a tokenizer: {config.data.tokenizer} has no tokenizer.json; ids are the run's own")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from maxsep import ablate, bench, launch, prepare
-from maxsep.config import CHOICES, cli, fields
+from maxsep import ablate, bench, convert, launch, prepare
+from maxsep.config import CHOICES, Config, cli, fields
 from maxsep.output.workdir import RESUME_MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,11 @@ TOOLS = {
     "infer.py": {"define": infer.define, "default_config": "configs/tiny.py"},  # whose run need not be there
     "maxsep.ablate": {"define": ablate.define, "default_config": ablate.DEFAULT},
     "maxsep.launch": {"define": launch.define},
+    "maxsep.convert": {
+        "define": convert.define,
+        "commands": convert.COMMANDS,
+        "found": cli.Found(lambda argv: (Config(), argv), convert.FOUND.takes),  # what it converts need not be there
+    },
     "maxsep.prepare": {"define": prepare.define, "default_config": "configs/tiny.py"},
     "maxsep.bench": {"define": bench.define, "default_config": "configs/bench.py", "commands": ("train", "decode")},
 }
@@ -115,7 +120,7 @@ def test_what_a_page_names_exists(page, monkeypatch):
         assert Path(script).exists(), script
     paths = {field.path for field in fields()}
     for path in re.findall(r"(?:--config\.|`)((?:mesh|train|optimizer|data|model)\.[a-z_0-9]+)", text):
-        assert path in paths or path == "train.py", path
+        assert path in paths or path in ("train.py", "model.safetensors"), path
     extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra in re.findall(r"\.\[(\w+)\]", text):
         assert extra in extras

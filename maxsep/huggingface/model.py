@@ -30,9 +30,10 @@ class HuggingFaceModel:
             self.family, model, context = model_config.read(fields)
         except ConfigError as e:
             raise self.folder.refuse(f"config.json: {e}") from None
-        end = fields.get("eos_token_id")
-        end = end[0] if isinstance(end, list) and end else end
-        end = end if type(end) is int and 0 <= end < model.vocab_size else None
+        ends = fields.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = [end for end in ends if type(end) is int and 0 <= end < model.vocab_size]
+        end = self.ends[0] if self.ends else None
         self.tokenizer_files = tokenizer_files.carried(self.folder, end)
         ids = f"ids:{model.vocab_size}" + ("" if end is None else f":{end}")
         self.stored = self.folder.tensors()
@@ -55,19 +56,19 @@ class HuggingFaceModel:
         Raises:
             ConfigError: one is missing, or has another shape, or another dtype than the others, or is not the family's.
         """
-        of, wanted = sizes(model), {}
+        of, wanted = sizes(model), []
         for entry in self.tensors.values():
             shape = entry.shape(of)
-            wanted |= {entry.named(at): shape for at in numbers(entry, of)}
-        if model.tied_embedding and "lm_head.weight" in self.stored:
-            wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]  # a copy of it
-        for name, shape in wanted.items():
-            if name not in self.stored:
-                raise self.folder.refuse(f"{self._files()}: {name} is missing; takes a tensor {list(shape)}")
-            found = self.stored[name]
-            if found.shape != shape:
-                raise self.folder.refuse(f"{found.file}: {name} is {list(found.shape)}; takes {list(shape)}")
-        first = next(iter(wanted))
+            for name in map(entry.named, numbers(entry, of)):  # a config may ask for any number of them
+                if name not in self.stored:
+                    raise self.folder.refuse(f"{self._files()}: {name} is missing; takes a tensor {list(shape)}")
+                found = self.stored[name]
+                if found.shape != shape:
+                    raise self.folder.refuse(f"{found.file}: {name} is {list(found.shape)}; takes {list(shape)}")
+                wanted.append(name)
+        first, wanted = wanted[0], set(wanted)
+        if model.tied_embedding:
+            wanted.add("lm_head.weight")  # a copy of the embedding, where it is there
         dtype = self.stored[first].dtype
         for name, found in self.stored.items():
             if name.endswith(DERIVED):

@@ -27,7 +27,7 @@ from maxsep.parallel.layout import Layout
 from maxsep.parallel.mesh import make_mesh
 from maxsep.parallel.sharding import fetched, on_mesh
 
-FILE_BYTES = 4_000_000_000  # of tensors in an exported file
+FILE_BYTES = 2_000_000_000  # of tensors in an exported file, which is held in memory
 
 
 def abstract_params(config: Config) -> dict:
@@ -92,15 +92,18 @@ def store(
         progress("reading the checkpoint")
         restored = parameters(abstract_params(config), run, step)
         arrays = {path: fetched(array) for path, array in tree.named(restored.state).items()}
+
+    def tensor(written: Written) -> np.ndarray:
+        return weights.tensor(written.entry, model, arrays[written.path], written.numbers, dtype)
+
     all_written = _in_order(family, model, dtype.itemsize)
     files = _files(all_written)
     where = {}
     for number, written in enumerate(files):
         name = WHOLE if len(files) == 1 else f"model-{number + 1:05}-of-{len(files):05}.safetensors"
         progress(f"writing {name}")
-        contents = {w.name: weights.tensor(w.entry, model, arrays[w.path], w.numbers, dtype) for w in written}
-        _save(contents, out / name)
-        where |= dict.fromkeys(contents, name)
+        _save({w.name: made for w, made in zip(written, weights.each(tensor, written), strict=True)}, out / name)
+        where |= dict.fromkeys((w.name for w in written), name)
     size = sum(written.bytes for written in all_written)
     if len(files) > 1:
         write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": where})

@@ -1,7 +1,7 @@
 """Weights between a checkpoint's tensors and our parameters: cut to shards, transposed, cast, in either direction."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -53,11 +53,16 @@ def parameter(tensors: Tensors, model: ModelConfig, abstract: jax.ShapeDtypeStru
             part = read(tensors.named(numbers), where).reshape(shape)[rest]
             copy(out[at][kept], part, [there.index(x) for x in tensors.own])
 
-        with ThreadPoolExecutor(cores()) as threads:
-            list(threads.map(fill, np.ndindex(*(len(ranges[x]) for x in tensors.numbered))))
+        each(fill, np.ndindex(*(len(ranges[x]) for x in tensors.numbered)))
         return out
 
     return jax.make_array_from_callback(abstract.shape, abstract.sharding, shard)
+
+
+def each(function: Callable, arguments: Iterable) -> list:
+    """What `function`, which copies arrays, returns for each argument; on all cores."""
+    with ThreadPoolExecutor(cores()) as threads:
+        return list(threads.map(function, arguments))
 
 
 def aligned(shape: list[int], dtype) -> np.ndarray:

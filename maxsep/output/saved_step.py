@@ -31,7 +31,7 @@ from maxsep.output.fingerprint import fingerprints
 SHARED_WRITE_BYTES = 64 * 2**20
 STATE, RECORD = "state", "data"  # folders of a step
 AT_ONCE_BYTES = 2**30  # of arrays that are read to be cast
-FILE_BYTES = 2**28  # of a data file: what is written is held in memory, compressed, until one is full
+FILE_BYTES = 2**26  # of a data file: what is written is held in memory, compressed, until one is full
 
 Shapes = dict[tuple[str, ...], jax.ShapeDtypeStruct]  # with a NamedSharding, of any mesh, as each; by path
 Arrays = dict[tuple[str, ...], jax.Array]

@@ -5,6 +5,7 @@ golden/ has been written by make_golden.py: its numbers leave a gap at every cho
 
 import json
 
+import kill
 import numpy as np
 import pytest
 from conversion import GOLDEN, exported, imported, logits, on, tensors
@@ -58,6 +59,20 @@ def test_logits_are_those_of_transformers(runs, name, layout, mesh):
     found = logits(on(folder, layout, mesh, "float32"), folder, text)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+MESHES = {"ma": (1, 4, 4), "tp": (1, 4, 2), "zero": (2, 2, 4), "pp": (2, 1, 4), "tp_pp": (2, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=[pytest.mark.slow] * (x not in ("ma", "zero"))) for x in MESHES]
+)
+@pytest.mark.parametrize("name", ["olmoe_even", pytest.param("mixtral_even", marks=pytest.mark.slow)])
+def test_on_any_mesh_the_same_bits_are_stored(runs, tmp_path, name, layout):
+    axes = zip(("stage", "attention", "expert"), MESHES[layout], strict=True)
+    mesh = [f"--config.mesh.{axis}={size}" for axis, size in axes]
+    run = imported(GOLDEN / name, tmp_path / "run", "--config.model.dtype=float32", f"--config.layout={layout}", *mesh)
+    assert kill.state(run) == kill.state(runs(name))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "mixtral_odd")) for n in NAMES])

@@ -27,8 +27,18 @@ CAPACITY = {"capacity_factor": 1.0, "capacity_group": 4}
 
 MODELS = {
     "plain": ({}, {}),
-    "shared heads, documents": ({"kv_heads": 2}, ONE_DOCUMENT),
-    "capacity, tied, gelu, k 3": ({"tied_embedding": True, "activation": "gelu", "top_k": 3, **CAPACITY}, {}),
+    "shared heads, documents": ({"kv_heads": 2, "qk_norm": "all", "clip_qkv": 1.0}, ONE_DOCUMENT),
+    "capacity, tied, gelu, k 3": (
+        {
+            "tied_embedding": True,
+            "activation": "gelu",
+            "top_k": 3,
+            "qk_norm": "head",
+            "normalize_top_k": False,
+            **CAPACITY,
+        },
+        {},
+    ),
     "four layers, own heads": ({"layers": 4, "kv_heads": 4, "vocab_size": 256}, ONE_DOCUMENT),
 }
 FAST = [
