@@ -15,6 +15,7 @@ from dataclasses import replace
 from absl import flags
 
 from maxsep.cluster import process
+from maxsep.cluster.signals import interrupting
 from maxsep.config import Config, ConfigError, cli, paths
 from maxsep.config.stored import at_home
 from maxsep.data.base_tokenizer import NO_END
@@ -52,10 +53,14 @@ def main(args: cli.Args) -> None:
     process.refuse_several("convert")
     checkpoint, folder = (_needed(flag, getattr(args.flags, flag)) for flag in ("checkpoint", "workdir"))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed, and a model may not fit into accelerators
-    if args.command == "import":
-        import_model(args.config, checkpoint, folder)
-    else:
-        export_model(args.config, folder, checkpoint, args.flags.step)
+    try:
+        with interrupting():
+            if args.command == "import":
+                import_model(args.config, checkpoint, folder)
+            else:
+                export_model(args.config, folder, checkpoint, args.flags.step)
+    except KeyboardInterrupt:
+        raise cli.Exit(cli.STOPPED, "interrupted; nothing is left of it") from None
 
 
 def _needed(flag: str, value: str | None) -> str:

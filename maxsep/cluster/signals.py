@@ -1,12 +1,29 @@
 """SIGTERM, SIGINT and SIGHUP end a run after its current step, saved; a second signal ends it at once."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 
 
 def stopping() -> list[signal.Signals]:
     """The signals that ask a program to end. One that it was started to ignore, as by nohup, asks nothing."""
     asking = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     return [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def interrupting() -> Iterator[None]:
+    """Within, each of them raises KeyboardInterrupt."""
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in stopping()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Stop:

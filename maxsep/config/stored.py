@@ -21,6 +21,9 @@ def read_config(workdir: Path) -> tuple[Config, dict]:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("checksum", None) not in (None, checksum(record)):  # None: by an older version
             raise ConfigError("damaged, or edited: it does not have its checksum; takes it as it was, and flags")
+        if "config" not in record and "model_type" in record:
+            how = f"python -m maxsep.convert import --checkpoint={workdir} --workdir=NEW"
+            raise ConfigError(f"is a Hugging Face model's; takes a run's, as {how} makes one of it")
         return at_home(from_config_dict(record["config"]), workdir), record
     except FileNotFoundError:
         raise ConfigError(f"--workdir: {workdir} has no config.json; takes the folder of a run") from None

@@ -1,8 +1,11 @@
 """What is no model of ours, or no whole one, is refused in one line that names it, and leaves nothing behind."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import time
 
 import ml_dtypes
 import numpy as np
@@ -363,6 +366,28 @@ def test_a_full_disk_ends_an_export_and_an_import_in_one_line(tmp_path, capsys):
             err = capsys.readouterr().err
             assert re.fullmatch(rf"error: --{flag}: .*\n", err), err
             assert not any((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.parametrize(("command", "what"), [("import", "load"), ("export", "store")])
+def test_a_signal_leaves_nothing(tmp_path, capsys, monkeypatch, command, what):
+    run = imported(GOLDEN / "olmoe_odd", tmp_path / "run")
+    capsys.readouterr()
+    monkeypatch.setattr(transfer, what, lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+    where = {"workdir": run, "checkpoint": GOLDEN / "olmoe_odd"}
+    where |= {"checkpoint" if command == "export" else "workdir": tmp_path / "new"}
+    before = signal.getsignal(signal.SIGTERM)
+    assert converted(command, *(f"--{name}={path}" for name, path in where.items())) == cli.STOPPED
+    assert capsys.readouterr().err == "error: interrupted; nothing is left of it\n"
+    assert list(tmp_path.iterdir()) == [run]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_model_is_not_taken_for_a_run(capsys, complete):
+    status, _, err = complete(f"--workdir={GOLDEN / 'olmoe_odd'}", "--prompt=1")
+    assert status == cli.USER_ERROR
+    assert re.fullmatch(
+        r"error: .*config\.json: is a Hugging Face model's; takes a run's, as python -m .* makes one.*\n", err
+    )
 
 
 def test_several_files_and_their_index(tmp_path, monkeypatch):
