@@ -276,12 +276,6 @@ def test_ids_that_the_tokenizer_lacks_are_never_produced():
     assert found["head_vd"][:few].any(axis=1).all()
 
 
-def test_unmasked_ids_that_the_tokenizer_lacks_have_a_probability():
-    c = config((4, 4), model={"mask_unused_ids": False})
-    with jax.set_mesh(make_mesh(c)):
-        assert Run(c, END_OF_TEXT, 180).program._model().ids == c.model.vocab_size
-
-
 DISPATCHES = {
     "dropless": {"model": FLOAT64},
     "drops": {

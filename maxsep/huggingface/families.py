@@ -7,7 +7,7 @@ disk, are facts of transformers 4 and 5.
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from maxsep.config import ModelConfig
 
@@ -19,12 +19,14 @@ class Family:
     name: str
     architecture: str  # the class in transformers
     qk_norm: str  # as `model.qk_norm`
+    experts: str  # the field of their number; transformers 5 writes num_local_experts for Qwen3 too
     d_ff: str  # the field of an expert's hidden size
     rope_theta: float  # where the file has none
     top_k_is_normalized: bool  # always; else `norm_topk_prob` says it
     moe: str  # of the experts' layer in a tensor's name
     gate_up_down: tuple[str, str, str]  # of an expert's matrices
-    neutral: dict[str, tuple]  # further fields of its own, with the values that leave the model as it is here
+    neutral: dict[str, tuple] = field(default_factory=dict)  # fields, and the values that leave the model as it is here
+    unread: tuple[str, ...] = ()  # fields that mean nothing where the neutral ones are neutral
     clips: bool = False  # has `clip_qkv`
 
 
@@ -35,6 +37,7 @@ FAMILIES = {
             name="mixtral",
             architecture="MixtralForCausalLM",
             qk_norm="none",
+            experts="num_local_experts",
             d_ff="intermediate_size",
             rope_theta=1_000_000.0,
             top_k_is_normalized=True,
@@ -46,24 +49,25 @@ FAMILIES = {
             name="qwen3_moe",
             architecture="Qwen3MoeForCausalLM",
             qk_norm="head",
+            experts="num_experts",
             d_ff="moe_intermediate_size",
             rope_theta=10_000.0,
             top_k_is_normalized=False,
             moe="mlp",
             gate_up_down=("gate_proj", "up_proj", "down_proj"),
-            # Layers without experts would have the size `intermediate_size`.
             neutral={"decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)},
+            unread=("intermediate_size", "sliding_window"),  # of layers without experts, and of windows
         ),
         Family(
             name="olmoe",
             architecture="OlmoeForCausalLM",
             qk_norm="all",
+            experts="num_experts",
             d_ff="intermediate_size",
             rope_theta=10_000.0,
             top_k_is_normalized=False,
             moe="mlp",
             gate_up_down=("gate_proj", "up_proj", "down_proj"),
-            neutral={},
             clips=True,
         ),
     )

@@ -1,8 +1,9 @@
-"""A model in Hugging Face's form: found to be whole and one of ours before anything is loaded, then loaded."""
+"""A model in Hugging Face's form, found to be whole and one of ours before anything is loaded."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+
+import numpy as np
 
 from maxsep.config import Config, ConfigError, DataConfig
 from maxsep.config.stored import OWN_TOKENIZER
@@ -90,24 +91,10 @@ class HuggingFaceModel:
         """Of the files that are read."""
         return sum((self.folder.path / file).stat().st_size for file in {at.file for at in self.stored.values()})
 
-    def parameters(self, abstract, progress: Callable[[str], None]):
-        """The parameters, each of them read into its shards.
+    def read(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
+        """A part of the tensor of this name.
 
-        Args:
-            abstract: their pytree, of jax.ShapeDtypeStructs with NamedShardings.
-            progress: told how far it is.
+        Raises:
+            ConfigError: it cannot be read.
         """
-        from maxsep.huggingface import weights  # imports JAX
-        from maxsep.output import tree
-
-        leaves = tree.named(abstract)
-        assert leaves.keys() == self.tensors.keys()
-        # In the order of `tensors`, from the first layer's attention to the experts.
-        loaded = {}
-        for number, (path, entry) in enumerate(self.tensors.items()):
-            progress(f"parameter {number + 1} of {len(leaves)}: {'.'.join(path)}")
-            loaded[path] = weights.parameter(entry, self.config.model, leaves[path], self._read)
-        return tree.like(abstract, loaded)
-
-    def _read(self, name: str, where: tuple[slice, ...]):
         return self.folder.read(self.stored[name], name, where)

@@ -6,10 +6,10 @@ from typing import Any
 from maxsep.config import ConfigError, ModelConfig
 from maxsep.huggingface.families import FAMILIES, Family
 
-# Sizes that a file has to have; null in the second kind means what follows it.
+# Sizes that a file has to have.
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
 CONTEXT = "max_position_embeddings"
-EXPERTS = ("num_local_experts", "num_experts")  # transformers 5 writes the first for all families, 4 one of them
+EXPERTS = ("num_local_experts", "num_experts")  # either, in any family
 
 # Fields of all families, with the values that leave the model as it is here.
 NEUTRAL = {
@@ -35,13 +35,13 @@ def read(fields: dict[str, Any]) -> tuple[Family, ModelConfig, int]:
     Raises:
         ConfigError: it is of another architecture, or has a field that would change the model; the field comes first.
     """
-    named = fields.get("model_type", "nothing")
-    if named not in list(FAMILIES):
-        _refuse("model_type", named, ", ".join(FAMILIES))
-    family = FAMILIES[named]
-    named = fields.get("architectures") or [family.architecture]
-    if family.architecture not in named:
-        _refuse("architectures", named, family.architecture)
+    kind = fields.get("model_type", "nothing")
+    if kind not in list(FAMILIES):
+        _refuse("model_type", kind, ", ".join(FAMILIES))
+    family = FAMILIES[kind]
+    classes = fields.get("architectures") or [family.architecture]
+    if family.architecture not in classes:
+        _refuse("architectures", classes, family.architecture)
     reader = _Reader(fields)
     vocab_size, d_model, layers, heads, top_k = map(reader.size, SIZES)
     model = ModelConfig(
@@ -64,8 +64,7 @@ def read(fields: dict[str, Any]) -> tuple[Family, ModelConfig, int]:
     )
     context = reader.size(CONTEXT)
     reader.check_neutral(NEUTRAL | family.neutral)
-    if family.name == "qwen3_moe":
-        reader.known |= {"intermediate_size", "sliding_window"}  # for what `neutral` excludes
+    reader.known.update(family.unread)
     reader.check_unknown(family)
     return family, model, context
 
@@ -203,7 +202,7 @@ def write(family: Family, model: ModelConfig, context: int, bos: int | None, eos
         "hidden_act": "silu",
         "intermediate_size": model.d_ff,
         family.d_ff: model.d_ff,
-        EXPERTS[0] if family.name == "mixtral" else EXPERTS[1]: model.experts,
+        family.experts: model.experts,
         "num_experts_per_tok": model.top_k,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,

@@ -46,7 +46,13 @@ def load(model: HuggingFaceModel, config: Config, folder: Path, progress: Callab
         ConfigError: a tensor cannot be read or is not finite, or the checkpoint cannot be written.
     """
     with jax.set_mesh(make_mesh(config)):
-        params = model.parameters(abstract_params(config), progress)
+        abstract = abstract_params(config)
+        leaves, loaded = tree.named(abstract), {}
+        assert leaves.keys() == model.tensors.keys()
+        for number, (path, entry) in enumerate(model.tensors.items()):
+            progress(f"parameter {number + 1} of {len(leaves)}: {'.'.join(path)}")
+            loaded[path] = weights.parameter(entry, config.model, leaves[path], model.read)
+        params = tree.like(abstract, loaded)
         progress("saving")
         try:
             with Checkpoints(folder / CHECKPOINTS) as checkpoints:

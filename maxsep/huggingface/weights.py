@@ -26,32 +26,33 @@ def parameter(tensors: Tensors, model: ModelConfig, abstract: jax.ShapeDtypeStru
         abstract: its shape, dtype and NamedSharding; rows that only pad the vocabulary become 0.
         read: reads a checkpoint's tensors.
     """
-    of = sizes(model)
+    of, there = sizes(model), "".join(tensors.dims)  # letters in the order of a tensor
+    first = {dim[0] for dim in tensors.dims}
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        cut = (slice_.indices(size)[:2] for slice_, size in zip(index, abstract.shape, strict=True))
-        ranges = {x: range(start, stop) for x, (start, stop) in zip(tensors.letters, cut, strict=True)}
+        cuts = zip(tensors.letters, index, abstract.shape, strict=True)
+        ranges = {x: range(*cut.indices(size)) for x, cut, size in cuts}
         out = aligned([len(ranges[x]) for x in tensors.letters], abstract.dtype)
-        own = {x: range(ranges[x].start, min(ranges[x].stop, of[x])) for x in tensors.own}
-        kept = tuple(slice(0, len(own[x])) for x in tensors.own)
-        if own != {x: ranges[x] for x in tensors.own}:
+        own = {x: range(ranges[x].start, min(ranges[x].stop, of[x])) for x in tensors.own}  # without padding
+        if any(own[x] != ranges[x] for x in own):
             out[...] = 0
             if not all(map(len, own.values())):
-                return out  # padding alone
-        # The letters of a tensor's dimensions in their order there, cut to the first of each dimension.
-        first = {dim[0] for dim in tensors.dims}
-        where = tuple(
-            slice(*(edge * math.prod(of[x] for x in dim[1:]) for edge in (own[dim[0]].start, own[dim[0]].stop)))
-            for dim in tensors.dims
-        )
-        there = "".join(tensors.dims)
-        shape = [len(own[x]) if x in first else of[x] for x in there]
-        rest = tuple(slice(None) if x in first else slice(own[x].start, own[x].stop) for x in there)
+                return out
+
+        # What is cut of a tensor, and of a dimension's further letters once they are apart.
+        def edge(dim: str, at: int) -> int:
+            return at * math.prod(of[x] for x in dim[1:])
+
+        where = tuple(slice(edge(dim, own[dim[0]].start), edge(dim, own[dim[0]].stop)) for dim in tensors.dims)
+        apart = [len(own[x]) if x in first else of[x] for x in there]
+        further = tuple(slice(None) if x in first else slice(own[x].start, own[x].stop) for x in there)
+        kept = tuple(slice(0, len(own[x])) for x in tensors.own)
+        order = [there.index(x) for x in tensors.own]
 
         def fill(at: tuple[int, ...]) -> None:
             numbers = tuple(ranges[x][i] for x, i in zip(tensors.numbered, at, strict=True))
-            part = read(tensors.named(numbers), where).reshape(shape)[rest]
-            copy(out[at][kept], part, [there.index(x) for x in tensors.own])
+            part = read(tensors.named(numbers), where).reshape(apart)[further]
+            copy(out[at][kept], part, order)
 
         each(fill, np.ndindex(*(len(ranges[x]) for x in tensors.numbered)))
         return out

@@ -60,11 +60,8 @@ class Attention(nnx.Module):
         q_bshq = jnp.einsum("bsd,dhq->bshq", x_bsd, wq)
         k_bskq, v_bskq = (jnp.einsum("bsd,dkq->bskq", x_bsd, w) for w in (wk, wv))
         if self.normed:
-            q_bshq = self.q_norm(q_bshq, self.q_norm.scale[...])
-            k_scale = self.k_norm.scale[...]
-            if self.k_norm.together:
-                k_scale = self._own_heads(k_scale, wq.shape[1], 0)
-            k_bskq = self.k_norm(k_bskq, k_scale)
+            q_bshq = self.q_norm(q_bshq)
+            k_bskq = self.k_norm(k_bskq, lambda scale: self._own_heads(scale, wq.shape[1], 0))
         if self.limit is not None:
             q_bshq, k_bskq, v_bskq = (jnp.clip(x, -self.limit, self.limit) for x in (q_bshq, k_bskq, v_bskq))
         return rotate(q_bshq, self.theta, position_bs), rotate(k_bskq, self.theta, position_bs), v_bskq

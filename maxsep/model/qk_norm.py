@@ -1,5 +1,7 @@
 """Normalisation of queries and keys before their rotation."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,10 +34,12 @@ class QKNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape, wide, out_sharding=layout.spec(letters)))
         self.eps, self.axes = model.norm_eps, layout.axes("h")
 
-    def __call__(self, x_bshq: jax.Array, scale: jax.Array) -> jax.Array:
-        """[b, s, h, Q] -> [b, s, h, Q], of the heads that this device has; `scale` is [Q], or theirs [h, Q]."""
+    def __call__(self, x_bshq: jax.Array, own: Callable[[jax.Array], jax.Array] = lambda scale: scale) -> jax.Array:
+        """[b, s, h, Q] -> [b, s, h, Q], of this device's heads; `own` takes their scales from all of them."""
+        scale = self.scale[...]
         wide = x_bshq.astype(scale.dtype)
         if self.together:
+            scale = own(scale)
             parts, own = collectives.size(self.axes), x_bshq.shape[2]
             copies = parts * own // self.heads  # of each head: devices may share key/value heads
             squares = jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True) / (copies * self.heads * wide.shape[-1])

@@ -59,9 +59,15 @@ def test_prompts_and_texts_begin_as_transformers_begins_them(model, tmp_path, co
     assert complete(f"--workdir={run}", f"--score={texts}", f"--json={out}")[0] == cli.DONE
     begun, given = (json.loads(line) for line in out.read_text().splitlines())
     assert begun == given and begun["tokens"] == ids
+    # Ids that the tokenizer lacks have a probability too, as in the same model without a tokenizer.
+    plain = imported(GOLDEN / "mixtral_odd", tmp_path / "plain")
+    assert read_config(run)[0].model.vocab_size > tokenizer.load(str(run / "tokenizer.json")).vocab_size
+    texts.write_text(json.dumps({"tokens": ids}) + "\n")
+    assert complete(f"--workdir={plain}", f"--score={texts}", f"--json={out}")[0] == cli.DONE
+    assert json.loads(out.read_text()) == given
+    texts.write_text('{"text": "the cat"}\n')
     # What is trained on has no beginning; it can be had without.
-    plain = read_config(run)[0]
-    assert tokenizer.load(plain.data.tokenizer).encode("the cat") == ids[1:]
+    assert tokenizer.load(read_config(run)[0].data.tokenizer).encode("the cat") == ids[1:]
     how = (f"--workdir={run}", f"--score={texts}", f"--json={out}", "--config.data.begin_prompts=False")
     assert complete(*how)[0] == cli.DONE
     assert json.loads(out.read_text().splitlines()[0])["tokens"] == ids[1:]
