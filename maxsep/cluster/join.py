@@ -13,7 +13,7 @@ from absl import flags
 
 from maxsep.cluster import process, rollcall
 from maxsep.cluster.job import ALONE, End, Job
-from maxsep.cluster.signals import stopping
+from maxsep.cluster.signals import interrupting, stopping
 from maxsep.config import cli, fields, streams
 
 ALIKE = ("maxsep", "jax", "jaxlib")  # packages whose versions have to be the same in all processes
@@ -47,7 +47,7 @@ def joined(args: cli.Args, folder: Path | None) -> Iterator[Job]:
         return
     members, connections = rollcall.call(this, _facts(args, folder), args.flags.join_seconds)
     train = args.config.train
-    with _signals():
+    with interrupting():
         job = Job(members, this, connections, train.heartbeat_seconds, train.watchdog_seconds, folder)
         sys.stdout = _output(job.first)
         print(rollcall.described(members), flush=True)
@@ -102,18 +102,3 @@ def _facts(args: cli.Args, folder: Path | None) -> dict[str, str]:
     settings = {field.path: repr(attrgetter(field.path)(args.config)) for field in fields()}
     versions = {package: importlib.metadata.version(package) for package in ALIKE}
     return settings | given | {"--workdir": str(folder), "command": str(args.command)} | versions
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """While inside, SIGTERM and SIGHUP interrupt as SIGINT does. Training takes them over, to end after its step."""
-
-    def interrupt(number: int, frame) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, interrupt) for number in stopping()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

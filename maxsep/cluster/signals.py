@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP end a run after its current step, saved; a second signal ends it at once."""
+"""SIGTERM, SIGINT and SIGHUP: they end a run after its step, saved (a second signal at once), or interrupt a command."""
 
 import contextlib
 import signal
@@ -15,8 +15,8 @@ def stopping() -> list[signal.Signals]:
 def interrupting() -> Iterator[None]:
     """Within, each of them raises KeyboardInterrupt."""
 
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
+    def interrupt(number: int, frame) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     before = {number: signal.signal(number, interrupt) for number in stopping()}
     try:
