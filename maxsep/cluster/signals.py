@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: they end a run after its step, saved (a second signal at once), or interrupt a command."""
+"""SIGTERM, SIGINT, SIGHUP: they end a run after its step, saved (a second one at once), or interrupt a command."""
 
 import contextlib
 import signal
