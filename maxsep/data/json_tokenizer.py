@@ -173,7 +173,7 @@ def _end_name(path: str, ids: dict[str, int]) -> str:
     if isinstance(end, dict):
         end = end.get("content")
     for name in (end, *END_NAMES):
-        if name in ids:
+        if isinstance(name, str) and name in ids:
             return name
     takes = f"one with an end of text: eos_token in {beside.name} beside it, or one of {', '.join(END_NAMES)}"
     raise ConfigError(f"data.tokenizer: got {path!r}; takes {takes}")

@@ -4,7 +4,6 @@ A family is what `model_type` names in a config.json. How its class reads that f
 disk, are facts of transformers 4 and 5.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -102,8 +101,17 @@ class Tensors:
 
 
 def numbers(tensors: Tensors, of: dict[str, int]) -> Iterator[tuple[int, ...]]:
-    """The numbers of the tensors that a parameter lies in, where letters have the sizes `of`."""
-    return itertools.product(*(range(of[letter]) for letter in tensors.numbered))
+    """The numbers of the tensors that a parameter lies in, where letters have the sizes `of`, whatever these are."""
+
+    def of_letters(letters: str) -> Iterator[tuple[int, ...]]:
+        if not letters:
+            yield ()
+            return
+        for number in range(of[letters[0]]):
+            for others in of_letters(letters[1:]):
+                yield number, *others
+
+    return of_letters(tensors.numbered)
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:

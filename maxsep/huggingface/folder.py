@@ -44,14 +44,18 @@ class Folder:
         """The error for what is wrong with something in it."""
         return ConfigError(f"--checkpoint: {self.path}/{what}")
 
+    def _checked(self, name) -> str:
+        """A file's name in the index, if it is one."""
+        if not isinstance(name, str) or not name or "\0" in name or PurePath(name).name != name:
+            raise self.refuse(f"{INDEX}: got the file name {name!r}; takes names of files in the folder")
+        return name
+
     def file(self, name: str) -> Path | None:
         """The file of that name; None where there is none.
 
         Raises:
             ConfigError: it leads out of the folder, or is no file.
         """
-        if not isinstance(name, str) or not name or "\0" in name or PurePath(name).name != name:
-            raise self.refuse(f"{INDEX}: got the file name {name!r}; takes names of files in the folder")
         path = self.path / name
         if not path.exists():
             return None
@@ -97,7 +101,7 @@ class Folder:
         of = index.get("weight_map")
         if not isinstance(of, dict) or not of:
             raise self.refuse(f"{INDEX}: has no weight_map; takes one, from names of tensors to files")
-        found = self._of_files(dict.fromkeys(of.values()))
+        found = self._of_files(sorted(set(map(self._checked, of.values()))))
         for name, file in of.items():
             if name not in found or found[name].file != file:
                 raise self.refuse(f"{file}: has no {name}, which {INDEX} says it has")

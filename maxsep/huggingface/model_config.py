@@ -1,6 +1,7 @@
 """config.json, read into a `ModelConfig` and written from one. What would make another model is refused by name."""
 
 import math
+import sys
 from typing import Any
 
 from maxsep.config import ConfigError, ModelConfig
@@ -40,7 +41,7 @@ def read(fields: dict[str, Any]) -> tuple[Family, ModelConfig, int]:
         _refuse("model_type", kind, ", ".join(FAMILIES))
     family = FAMILIES[kind]
     classes = fields.get("architectures") or [family.architecture]
-    if family.architecture not in classes:
+    if not isinstance(classes, list) or family.architecture not in classes:
         _refuse("architectures", classes, family.architecture)
     reader = _Reader(fields)
     vocab_size, d_model, layers, heads, top_k = map(reader.size, SIZES)
@@ -84,8 +85,8 @@ class _Reader:
         value = self._get(name)
         if value is None and null is not None:
             return null
-        if type(value) is not int or value < 1:
-            _refuse(name, "nothing" if value is None else value, "an integer from 1 up")
+        if type(value) is not int or not 1 <= value < 2**31:
+            _refuse(name, "nothing" if value is None else value, "an integer from 1 to below 2**31")
         return value
 
     def number(self, name: str, null: Any = math.nan) -> float:
@@ -148,7 +149,7 @@ class _Reader:
 
 
 def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         _refuse(name, "nothing" if value is None else value, "a finite number")
     return float(value)
 

@@ -73,7 +73,8 @@ def beginning(tokenizer: Tokenizer, files: dict[str, bytes]) -> int | None:
     if not isinstance(tokenizer, JsonTokenizer):
         return None
     name = json.loads(files[SETTINGS]).get("bos_token")
-    return tokenizer.ids.get(name.get("content") if isinstance(name, dict) else name)
+    name = name.get("content") if isinstance(name, dict) else name
+    return tokenizer.ids.get(name) if isinstance(name, str) else None
 
 
 def write(files: dict[str, bytes], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What is no model of ours, or no whole one, is refused in one line that names it, and leaves nothing behind."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,8 +15,8 @@ from conversion import GOLDEN, converted, exported, imported, tensors
 from safetensors.numpy import save_file
 from users import small_disk
 
-from maxsep.config import cli
-from maxsep.huggingface import transfer
+from maxsep.config import ConfigError, cli
+from maxsep.huggingface import model_config, transfer
 
 
 @pytest.fixture
@@ -97,7 +98,12 @@ CONFIGS = {
     "quantised": ("mixtral", {"quantization_config": {"bits": 4}}, r"quantization_config: got \{'bits': 4\}"),
     "code of its own": ("mixtral", {"auto_map": {"AutoModelForCausalLM": "m.py"}}, r"auto_map: got"),
     "two numbers of experts": ("olmoe", {"num_local_experts": 3}, r"num_local_experts or num_experts: got"),
-    "a size in words": ("mixtral", {"hidden_size": "16"}, r"hidden_size: got '16'; takes an integer from 1 up"),
+    "a size in words": ("mixtral", {"hidden_size": "16"}, r"hidden_size: got '16'; takes an integer from 1 to"),
+    "any number of layers": (
+        "mixtral",
+        {"num_hidden_layers": 2**31 - 1},
+        r"layers\.2\.input_layernorm\.weight is missing",
+    ),
     "a size left out": ("mixtral", {"num_hidden_layers": None}, r"num_hidden_layers: got nothing; takes an integer"),
     "no number": ("mixtral", {"rms_norm_eps": float("nan")}, r"rms_norm_eps: got nan; takes a finite number"),
     "yes and no": ("mixtral", {"tie_word_embeddings": 1}, r"tie_word_embeddings: got 1; takes true or false"),
@@ -117,6 +123,27 @@ def test_a_config_that_is_not_ours(model, tmp_path, capsys, what):
     folder = model(f"{family}_{'even' if family == 'mixtral' else 'odd'}")
     edited(folder, **fields)
     assert re.search(says, refused(folder, tmp_path, capsys))
+
+
+ANYTHING = [None, True, 0, -1, 2, 1.5, "x", "", [], [1], ["a"], {}, {"a": 1}, 1e308, 2**70, 10**400, math.nan, math.inf]
+
+
+@pytest.mark.parametrize("name", ["mixtral_even", "qwen3_moe_odd", "olmoe_odd"])
+def test_whatever_a_field_holds_is_read_or_refused(name):
+    fields = json.loads((GOLDEN / name / "config.json").read_text())
+    others = ("rope_scaling", "rope_theta", "num_experts", "num_local_experts", "head_dim", "sliding_window", "new")
+    read = 0
+    for changed in [{name: value} for name in (*fields, *others) for value in ANYTHING] + [
+        {"rope_parameters": fields["rope_parameters"] | {name: value}}
+        for name in ("rope_theta", "rope_type", "factor")
+        for value in ANYTHING
+    ]:
+        try:
+            model_config.read(fields | changed)
+            read += 1
+        except ConfigError as error:
+            assert re.match(rf"\w*({next(iter(changed))}|experts|rope)\w*.*: got .*; takes ", str(error))
+    assert read > 100
 
 
 def test_harmless_fields_and_old_spellings(model, tmp_path):
@@ -192,6 +219,10 @@ def no_name(folder):
     index(folder, **{"lm_head.weight": 7})
 
 
+def no_names(folder):
+    index(folder, **{"lm_head.weight": ["a"]})
+
+
 def no_map(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
 
@@ -259,6 +290,7 @@ FILES = {
         r"index\.json: got the file name '/.*'; takes names of files in the folder",
     ),
     "an index with a number": (no_name, r"index\.json: got the file name 7; takes"),
+    "an index with lists": (no_names, r"index\.json: got the file name \['a'\]; takes"),
     "an index without a map": (no_map, r"index\.json: has no weight_map; takes one"),
     "an index of other files": (
         wrong_file,
