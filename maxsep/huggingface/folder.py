@@ -27,22 +27,22 @@ class Stored(NamedTuple):
 
 
 class Folder:
-    """The folder that `--checkpoint` names.
+    """The folder that `flag` names.
 
     Raises:
         ConfigError: it is none.
     """
 
-    def __init__(self, path: str):
-        self.path = paths.named("--checkpoint", path)
+    def __init__(self, path: str, flag: str = "--checkpoint"):
+        self.path, self.flag = paths.named(flag, path), flag
         if not self.path.is_dir():
-            raise ConfigError(f"--checkpoint: got {path!r}, which is no folder; takes one with a config.json")
+            raise ConfigError(f"{flag}: got {path!r}, which is no folder; takes one with a config.json")
         self._opened: tuple[str, object] | None = None
         self._lock = threading.Lock()  # several threads may read
 
     def refuse(self, what: str) -> ConfigError:
         """The error for what is wrong with something in it."""
-        return ConfigError(f"--checkpoint: {self.path}/{what}")
+        return ConfigError(f"{self.flag}: {self.path}/{what}")
 
     def _checked(self, name) -> str:
         """A file's name in the index, if it is one."""
@@ -97,7 +97,7 @@ class Folder:
                 path.name for path in self.path.glob("*.pt*")
             )
             also = f"; {others[0]} may hold programs and is not opened" if others else ""
-            raise ConfigError(f"--checkpoint: {self.path} has neither {WHOLE} nor {INDEX}{also}; takes safetensors")
+            raise ConfigError(f"{self.flag}: {self.path} has neither {WHOLE} nor {INDEX}{also}; takes safetensors")
         of = index.get("weight_map")
         if not isinstance(of, dict) or not of:
             raise self.refuse(f"{INDEX}: has no weight_map; takes one, from names of tensors to files")

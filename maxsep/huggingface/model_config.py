@@ -1,6 +1,5 @@
 """config.json, read into a `ModelConfig` and written from one. What would make another model is refused by name."""
 
-import math
 import sys
 from typing import Any
 
@@ -52,7 +51,7 @@ def read(fields: dict[str, Any]) -> tuple[Family, ModelConfig, int]:
         kv_heads=reader.size("num_key_value_heads", null=heads),
         head_dim=reader.size("head_dim", null=0) or None,
         qk_norm=family.qk_norm,
-        clip_qkv=reader.number("clip_qkv", null=None) if family.clips else None,
+        clip_qkv=reader.number("clip_qkv") if family.clips and fields.get("clip_qkv") is not None else None,
         experts=reader.experts(),
         top_k=top_k,
         normalize_top_k=family.top_k_is_normalized or reader.flag("norm_topk_prob"),
@@ -65,7 +64,7 @@ def read(fields: dict[str, Any]) -> tuple[Family, ModelConfig, int]:
     )
     context = reader.size(CONTEXT)
     reader.check_neutral(NEUTRAL | family.neutral)
-    reader.known.update(family.unread)
+    reader.known.update(family.unread, ["clip_qkv"] * family.clips)
     reader.check_unknown(family)
     return family, model, context
 
@@ -89,11 +88,8 @@ class _Reader:
             _refuse(name, "nothing" if value is None else value, "an integer from 1 to below 2**31")
         return value
 
-    def number(self, name: str, null: Any = math.nan) -> float:
-        value = self._get(name)
-        if value is None and not (isinstance(null, float) and math.isnan(null)):
-            return null
-        return _number(name, value)
+    def number(self, name: str) -> float:
+        return _number(name, self._get(name))
 
     def flag(self, name: str) -> bool:
         value = self._get(name)

@@ -60,7 +60,7 @@ def written(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
         return {MAIN: _gpt2(tokenizer), SETTINGS: _json({"tokenizer_class": FAST, "eos_token": END_OF_TEXT})}
     if not isinstance(tokenizer, JsonTokenizer):
         return {}
-    beside = Folder(str(Path(path).parent))
+    beside = Folder(str(Path(path).parent), "data.tokenizer")
     settings = {"tokenizer_class": FAST} | (beside.json(SETTINGS) or {})
     if settings.get("eos_token") is None:
         settings["eos_token"] = tokenizer.end_name

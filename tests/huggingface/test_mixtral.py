@@ -3,10 +3,8 @@
 from dataclasses import replace
 
 import jax
-import pytest
 from abstract import abstract
 
-from maxsep.config import ConfigError
 from maxsep.config.files import load_config
 from maxsep.config.paths import REPOSITORY
 from maxsep.config.validate import validate
@@ -51,32 +49,3 @@ def test_its_step_type_checks_and_its_state_fits():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     memory = {kind: round(count / 1e9, 1) for kind, count in of_state(state).items()}
     assert memory == {"weights": 11.7, "gradients": 11.7, "optimizer": 23.4}  # as the file says
-
-
-def test_a_model_trained_here_has_the_family_that_it_is():
-    for model, name in (
-        (CONFIG.model, "mixtral"),
-        (replace(CONFIG.model, qk_norm="head", normalize_top_k=False), "qwen3_moe"),
-        (replace(CONFIG.model, qk_norm="all", clip_qkv=8.0), "olmoe"),
-    ):
-        family = model_config.family_of(model)
-        assert family.name == name
-        fields = model_config.write(family, model, 4096, 1, 2)
-        again_family, again, context = model_config.read(fields)
-        assert (again_family, context) == (family, 4096)
-        same = {"dtype": model.dtype, "remat": model.remat, "mask_unused_ids": model.mask_unused_ids}
-        assert replace(again, head_dim=None, **same) == model
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "others"),
-    [
-        ("activation", "gelu", {}),
-        ("normalize_top_k", False, {}),
-        ("clip_qkv", 8.0, {"qk_norm": "head"}),
-        ("head_dim", 64, {"qk_norm": "all"}),
-    ],
-)
-def test_a_model_that_no_family_has_is_refused_by_its_field(field, value, others):
-    with pytest.raises(ConfigError, match=rf"^model\.{field}: got {value!r}; takes "):
-        model_config.family_of(replace(CONFIG.model, **others, **{field: value}))
