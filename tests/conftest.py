@@ -21,12 +21,32 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # where programs
 # After the environment is set: these import JAX.
 import jax
 import kill
+from hypothesis import HealthCheck, settings
 from jax.experimental.compilation_cache import compilation_cache
-from runs import SMALL
+from runs import SMALL, shared_run
 
 import infer
 import train
 from maxsep.config import cli
+from maxsep.training import trainer
+
+# No test measures time; where CI is set, no example is drawn by chance.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+    max_examples=50,
+)
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs_are_shared():
+    """Runs of train.py in this process trace and compile the program of a model once."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "Run", shared_run)
+        yield
 
 
 @pytest.fixture(autouse=True)

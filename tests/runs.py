@@ -1,8 +1,15 @@
 """A small run of train.py, in float64 so that meshes can be compared, and what its folder holds."""
 
+import copy
+import functools
+from dataclasses import replace
+
 import kill
 
+from maxsep.config import Config, DataConfig, TrainConfig
 from maxsep.output.metrics import MetricsWriter
+from maxsep.training.run import Run
+from maxsep.training.step import Program
 
 SMALL = {
     "mesh__attention": 1,
@@ -10,11 +17,39 @@ SMALL = {
     "train__steps": 4,
     "train__checkpoint_every": 0,
     "train__eval_every": 0,
+    "optimizer__decay_steps": 4,  # whatever train.steps is: one program for all
     "data__sequence_length": 32,
     "model__d_model": 16,
     "model__d_ff": 16,
     "model__dtype": "float64",
 }
+
+
+def shared_run(config: Config, end_of_text: int, ids: int) -> Run:
+    """A `Run` with the programs of the last one of the same model: they are traced and compiled once."""
+    train, data = config.train, config.data
+    model = replace(
+        config,  # with its own decay_steps, a program does not know train.steps
+        name="shared",
+        train=TrainConfig(
+            batch_size=train.batch_size,
+            accumulation=train.accumulation,
+            seed=train.seed,
+            nonfinite_limit=train.nonfinite_limit,
+        ),
+        data=DataConfig(sequence_length=data.sequence_length, cross_document_attention=data.cross_document_attention),
+    )
+    run = copy.copy(_compiled_once(model, end_of_text, ids, Program._gradients))
+    run.config = config
+    return run
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_once(model: Config, end_of_text: int, ids: int, gradients) -> Run:
+    """`gradients` tells programs apart in which a test has planted others."""
+    run = Run(model, end_of_text, ids)
+    run.compile_train_step = functools.cache(run.compile_train_step)
+    return run
 
 
 def snapshot(folder):

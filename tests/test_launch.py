@@ -12,15 +12,19 @@ from maxsep.cluster import group
 from maxsep.config import cli
 
 CHILD = """
-import os, signal, sys, time
-index = os.environ["JAX_PROCESS_ID"]
+import os, pathlib, signal, sys, time
+index, ready = os.environ["JAX_PROCESS_ID"], pathlib.Path(sys.argv[2])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 print("said by", index, flush=True)
 print("error: the same", file=sys.stderr, flush=True)
 print("of", index, "without an end", end="", file=sys.stderr, flush=True)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 if index == "1":
+    while not ready.exists():
+        time.sleep(0.01)
     sys.exit(int(sys.argv[1]))
-time.sleep(60)
+ready.touch()
+while True:
+    signal.pause()
 """
 
 
@@ -54,8 +58,8 @@ def test_children_are_heard_and_end_together(tmp_path, status, ends_with):
     child = tmp_path / "child.py"
     child.write_text(CHILD)
     program = "import sys; from maxsep import launch; launch.group.LINGER = 0.2; sys.exit(launch.run(sys.argv))"
-    command = [sys.executable, "-c", program, "--processes=2", str(child), str(status)]
-    done = subprocess.run(command, capture_output=True, text=True, env=kill.environment(), timeout=60)
+    command = [sys.executable, "-c", program, "--processes=2", str(child), str(status), str(tmp_path / "ready")]
+    done = subprocess.run(command, capture_output=True, text=True, env=kill.environment(), timeout=kill.LIMIT)
     assert done.returncode == ends_with, done.stderr
     assert done.stdout == "said by 0\n"
     lines = done.stderr.splitlines()

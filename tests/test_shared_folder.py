@@ -25,7 +25,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_taken_by_none(workdir, dat
 
 
 def test_a_job_holds_its_folder_until_all_have_ended(workdir, data):
-    flags = kill.flags(data, **WIDE | {"train__steps": 2000, "train__checkpoint_every": 0})
+    flags = kill.flags(data, **WIDE | {"train__steps": 100_000, "train__checkpoint_every": 0})
     with processes.Processes(workdir, 2, *flags) as both:
         both.reach("step ")
         second = kill.Process(workdir, *flags)

@@ -17,7 +17,7 @@ from maxsep.inference.sampling import Sampling
 from maxsep.measure import bandwidth, peers
 from maxsep.measure.timing import OtherCPU, decoding, timed
 from maxsep.model import experts
-from maxsep.model.layers import drawn
+from maxsep.model.layers import jitted_init
 
 TURN = 8  # tokens between two looks at the clock
 FORM_CALLS = 30
@@ -146,7 +146,7 @@ class Decoder:
 
 def generator(program: Program) -> Generator:
     """With weights from the seed, which no text ends."""
-    return Generator(program, program.weights(drawn(program.new_params, program.layout.platform)))
+    return Generator(program, program.weights(jitted_init(program.new_params, program.layout.platform)()))
 
 
 def floor_bytes(model: ModelConfig, batch: int, context: float) -> float:

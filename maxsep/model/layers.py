@@ -17,11 +17,11 @@ def normal(rngs: nnx.Rngs, layout: Layout, letters: str, shape: tuple[int, ...],
     return nnx.Param(draw * jnp.asarray(std, dtype), parts=parts)
 
 
-def drawn(initialise: Callable, platform: str):
-    """What `initialise` draws, jitted: its arrays are born in their shardings."""
+def jitted_init(init: Callable, platform: str) -> Callable:
+    """`init`, which draws weights, jitted: its arrays are born in their shardings."""
     # XLA's CPU compiler would spend seconds on optimising the random numbers, more than on a train step.
     options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
-    return jax.jit(initialise, compiler_options=options)()
+    return jax.jit(init, compiler_options=options)
 
 
 def use(weight: nnx.Param, dtype=None) -> jax.Array:

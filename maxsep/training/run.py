@@ -15,7 +15,7 @@ from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
 from maxsep.measure import flops, memory
-from maxsep.model.layers import drawn
+from maxsep.model.layers import jitted_init
 from maxsep.output import metrics
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import init_checkpoints
@@ -54,6 +54,7 @@ class Run:
         self.tokens = train.batch_size * length  # a step
         self.flops = self.tokens * flops.flops_per_token(config.model, length)  # a step
         self.bubble = pipeline.bubble(self.stages, train.accumulation)
+        self.init = jitted_init(self.program.init, self.program.layout.platform)
         self.eval_step = jax.jit(self.program.eval_step)
 
     def lower_train_step(self):
@@ -69,7 +70,7 @@ class Run:
         """Step 0, with weights drawn from the seed or those that `train.init_from` names."""
         source = init_checkpoints(self.config)
         if source is None:
-            return drawn(self.program.init, self.program.layout.platform)
+            return self.init()
         with Checkpoints(source, read_only=True, job=job) as checkpoints:
             return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params, cast=True).state)
 

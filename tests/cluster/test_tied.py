@@ -27,15 +27,15 @@ def test_it_ends_as_its_child_has_ended(text, status):
 def test_the_death_of_its_parent_is_told_once(tmp_path):
     told = tmp_path / "told"
     child = f"""
-import signal, time
+import os, signal, time
 def on(number, frame):
     with open({str(told)!r}, "a") as f:
         f.write("told ")
 signal.signal(signal.SIGTERM, on)
 open({str(told)!r}, "w").close()
-end = time.monotonic() + 1.5
-while time.monotonic() < end:
+while not os.path.getsize({str(told)!r}):
     time.sleep(0.01)
+time.sleep(1)  # a second word would come soon
 """
     parent = f"""
 import os, subprocess, sys, threading, time

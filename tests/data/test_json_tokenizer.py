@@ -3,7 +3,7 @@
 import string
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -62,7 +62,6 @@ def coders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["unigram", "bpe", "byte_bpe", "an end that is not marked special"])
-@settings(deadline=None, max_examples=60)
 @given(parts=st.lists(st.one_of(st.sampled_from([*SPELLED, *WORDS]), st.text("ab</s> >", max_size=5))))
 def test_text_that_spells_special_tokens_is_text(coders, name, parts):
     coder, text = coders[name], "".join(parts)

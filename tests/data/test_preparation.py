@@ -93,8 +93,8 @@ if __name__ == "__main__":
     write = packing.write_shard
 
     def slow(path, records):
-        if path.name.startswith("train-00003"):
-            time.sleep(5)  # until the signal comes
+        while path.name.startswith("train-00003") and not pathlib.Path("signalled").exists():
+            time.sleep(0.01)
         return write(path, records)
 
     packing.write_shard = slow
@@ -110,10 +110,13 @@ def test_a_killed_preparation_goes_on(files, tmp_path, monkeypatch, how, status)
     script.write_text(KILLED)
     data = {"source": "files", "path": files, "sequence_length": 16, "tokenizer": "bytes", "cache": tmp_path / "cache"}
     command = [sys.executable, script, "--workers=2", *(f"--config.data.{k}={v}" for k, v in data.items())]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=ENVIRONMENT) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, start_new_session=True, env=ENVIRONMENT, cwd=tmp_path
+    ) as process:
         while process.poll() is None and not glob.glob("cache/records/*.partial/train-00001*", root_dir=tmp_path):
             time.sleep(0.005)
         process.send_signal(how)
+        (tmp_path / "signalled").touch()
         stderr = process.stderr.read().decode()
         assert process.wait() == status, stderr
     assert how == signal.SIGKILL or "goes on from here" in stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maxsep.config import Config, DataConfig, ModelConfig
@@ -58,7 +58,6 @@ def stream(split):
     return [int(rows[0, 0]), *targets[targets >= 0].tolist()]
 
 
-@settings(deadline=None, max_examples=30)
 @given(texts=st.lists(st.text(max_size=60), min_size=30, max_size=60), length=st.integers(1, 50))
 def test_nothing_is_lost(texts, length):
     texts = [text + "." for text in texts]

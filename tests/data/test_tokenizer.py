@@ -2,7 +2,7 @@ import functools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -42,7 +42,6 @@ def test_a_cut_is_the_first_ids_of_the_whole():
     assert all(cut.decode([i]) == whole.decode([i]) for i in range(999))
 
 
-@settings(deadline=None)
 @given(text=st.text())
 @pytest.mark.parametrize("name", ["gpt2", "gpt2:257", "gpt2:8192", "bytes"])
 def test_text_comes_back(name, text):
@@ -55,7 +54,6 @@ def test_text_comes_back(name, text):
 BLANKS = st.lists(st.text(" \t\n\x1c\x85\xa0\u2003", max_size=9) | st.text("a1.'", max_size=3)).map("".join)
 
 
-@settings(deadline=None)
 @given(text=BLANKS, length=st.integers(1, 4))
 def test_long_rows_of_blanks_are_encoded_as_short_ones(text, length):
     coder = load("gpt2")
