@@ -21,9 +21,9 @@ def wide(c: Config):
 
 
 @functools.cache
-def run(c: Config) -> Run:
+def run(c: Config, ids: int | None = None) -> Run:
     with wide(c), jax.set_mesh(make_mesh(c)):
-        made = Run(c, END_OF_TEXT)
+        made = Run(c, END_OF_TEXT, ids)
     made.gradients = jax.jit(made.program._gradients)
     made.train_step = functools.cache(made.compile_train_step)
     return made
@@ -38,9 +38,9 @@ def placed(tree, like):
     return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), tree, like)
 
 
-def gradients(c: Config, params, batch, step: int = 0):
-    """Gradients and metrics of a step at `params`, as the train step computes them."""
-    r = run(c)
+def gradients(c: Config, params, batch, step: int = 0, ids: int | None = None):
+    """Gradients and metrics of a step at `params`, as the train step computes them, with a tokenizer of so many ids."""
+    r = run(c, ids)
     with wide(c), jax.set_mesh(r.mesh):
         batch = jax.device_put(batch, r.batch_sharding)
         return jax.device_get(r.gradients(placed(params, r.abstract_state.params), batch, np.int32(step)))
@@ -50,13 +50,21 @@ def first_step(c: Config, params, batch):
     """Gradients and figures of a first step at `params`, of a program made anew."""
     with wide(c), jax.set_mesh(make_mesh(c)):
         r = Run(c, END_OF_TEXT)
+        gradients, program = r.program._gradients, r.program
 
         def both(params, batch):
-            state = r.program.fresh(params)
-            return r.program._gradients(params, batch, state.step)[0], r.program.train_step(state, batch)[1]
+            found = []
+
+            def seen(*arguments):
+                found.append(gradients(*arguments))
+                return found[-1]
+
+            program._gradients = seen
+            return program.train_step(program.fresh(params), batch)[1], found[0][0]
 
         batch = jax.device_put(batch, r.batch_sharding)
-        return jax.device_get(jax.jit(both)(placed(params, r.abstract_state.params), batch))
+        figures, of_step = jax.device_get(jax.jit(both)(placed(params, r.abstract_state.params), batch))
+        return of_step, figures
 
 
 def parameters(c: Config, draw: int = 0):

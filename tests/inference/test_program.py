@@ -39,14 +39,27 @@ MODELS = {
         },
         {},
     ),
+    "shared heads, documents, capacity, tied, gelu, k 3": (
+        {
+            "kv_heads": 2,
+            "qk_norm": "all",
+            "clip_qkv": 1.0,
+            "tied_embedding": True,
+            "activation": "gelu",
+            "top_k": 3,
+            "normalize_top_k": False,
+            **CAPACITY,
+        },
+        ONE_DOCUMENT,
+    ),
     "four layers, own heads": ({"layers": 4, "kv_heads": 4, "vocab_size": 256}, ONE_DOCUMENT),
 }
-FAST = [
+COMBINED = "shared heads, documents, capacity, tied, gelu, k 3"
+FAST = [("ma", (1, 1), COMBINED), ("ma", (4, 4), COMBINED), ("tp_pp", (2, 8, 1), COMBINED)]
+SLOW = [
     ("ma", (1, 1), "shared heads, documents"),
     ("ma", (4, 4), "capacity, tied, gelu, k 3"),
     ("tp_pp", (2, 8, 1), "shared heads, documents"),
-]
-SLOW = [
     ("ma", (2, 8), "shared heads, documents"),
     ("ma", (1, 16), "plain"),
     ("ma_folded", (4, 4), "shared heads, documents"),
@@ -91,15 +104,18 @@ def ids_of(completion):
 
 
 def cases():
-    for case in FAST:
-        yield pytest.param(*case, SAMPLED, id=f"{case[0]} {named(case[1])} sampled")
-    for case in SLOW:
-        yield pytest.param(*case, SAMPLED, marks=pytest.mark.slow, id=f"{case[0]} {named(case[1])} sampled")
-    for case in EXHAUSTIVE:
-        yield pytest.param(*case, SAMPLED, marks=pytest.mark.exhaustive, id=f"{case[0]} {named(case[1])} sampled")
-    for case in FAST + SLOW + EXHAUSTIVE:
-        marks = pytest.mark.slow if case == FAST[1] else pytest.mark.exhaustive
-        yield pytest.param(*case, GREEDY, marks=marks, id=f"{case[0]} {named(case[1])} greedy")
+    def case(layout, mesh, model, sampling, *marks):
+        name = f"{layout} {named(mesh)}, {model}, {'greedy' if sampling is GREEDY else 'sampled'}"
+        return pytest.param(layout, mesh, model, sampling, marks=marks, id=name)
+
+    for one in FAST:
+        yield case(*one, SAMPLED)
+    for one in SLOW:
+        yield case(*one, SAMPLED, pytest.mark.slow)
+    for one in EXHAUSTIVE:
+        yield case(*one, SAMPLED, pytest.mark.exhaustive)
+    for one in FAST + SLOW + EXHAUSTIVE:
+        yield case(*one, GREEDY, pytest.mark.slow if one == SLOW[1] else pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize(("layout", "mesh", "model", "sampling"), list(cases()))
@@ -122,16 +138,15 @@ def test_the_dense_model_has_these_probabilities_and_one_device_these_tokens(lay
 
 @pytest.mark.parametrize("mesh", [(1, 1), pytest.param((4, 4), marks=pytest.mark.slow)], ids=named)
 def test_a_prompt_alone_has_the_tokens_that_it_has_in_a_batch(mesh):
-    model = "shared heads, documents"
-    c = of("ma", mesh, model)
-    together, given = alone(model, SAMPLED), prompts(c)
-    for number in (2, 3):
-        (found,) = completed(c, parameters(c), [given[number]], [LIMITS[number]], SAMPLED, first_number=number)
-        assert ids_of(found) == ids_of(together[number])
-        assert found.logprobs == pytest.approx(together[number].logprobs, rel=1e-12)
+    c, number = of("ma", mesh, COMBINED), 3
+    together, given = alone(COMBINED, SAMPLED)[number], prompts(c)[number]
+    (found,) = completed(c, parameters(c), [given], [LIMITS[number]], SAMPLED, first_number=number)
+    assert ids_of(found) == ids_of(together)
+    assert found.logprobs == pytest.approx(together.logprobs, rel=1e-12)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((4, 4), marks=pytest.mark.slow)], ids=named)
+@pytest.mark.slow  # the fast suite compares float32 with transformers, in huggingface/test_golden.py
+@pytest.mark.parametrize("mesh", [(1, 1), (4, 4)], ids=named)
 def test_float32_differs_by_rounding(mesh):
     c = of("ma", mesh, "plain", dtype="float32")
     params, given = parameters(c), prompts(c)
@@ -149,7 +164,10 @@ def test_float32_differs_by_rounding(mesh):
 
 @pytest.mark.parametrize(
     ("layout", "mesh", "model"),
-    [FAST[1], *(pytest.param(*case, marks=pytest.mark.slow) for case in (FAST[2], SLOW[-1]))],
+    [
+        ("ma", (4, 4), "capacity, tied, gelu, k 3"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (SLOW[2], SLOW[-1])),
+    ],
 )
 def test_scores_are_those_of_the_dense_model(layout, mesh, model):
     c = of(layout, mesh, model)

@@ -11,14 +11,21 @@ from maxsep.config.validate import validate
 from maxsep.measure.communication import STATISTICS, sent
 from maxsep.parallel.pipeline import bubble
 
+FAST = [("ma", (4, 4)), ("tp_pp", (2, 8, 1)), ("zero", (4, 4))]
 OTHER = {"model": {"capacity_factor": None, "capacity_group": None, "remat": "none"}, "optimizer": {"zero1": False}}
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(OTHER, marks=pytest.mark.slow)], ids=["seed", "dropless"])
 @pytest.mark.parametrize(
     ("layout", "mesh"),
-    [(layout, meshes[0]) for layout, meshes in ROWS.items()]
-    + [pytest.param("ma", (2, 8), marks=pytest.mark.slow), pytest.param("zero", (2, 2, 4), marks=pytest.mark.slow)],
+    [
+        pytest.param(layout, mesh, marks=[] if (layout, mesh) in FAST else pytest.mark.slow)
+        for layout, mesh in [
+            *((layout, meshes[0]) for layout, meshes in ROWS.items()),
+            ("ma", (2, 8)),
+            ("zero", (2, 2, 4)),
+        ]
+    ],
     ids=lambda value: value if isinstance(value, str) else named(value),
 )
 def test_the_step_of_the_study_sends_what_the_formulas_say(layout, mesh, changes):

@@ -123,10 +123,8 @@ def check(mesh, case, **fields):
             placed = jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(devices, spec)), arguments, specs)
             y, stats, dx, dw = jax.device_get(function(*placed))
         mask = None
-        if model.expert_dropout:  # as `MoE` documents: of the key, the token's number, the choice and the feature
-            keys = [jax.random.fold_in(jax.random.key(KEY), t) for t in range(B * S)]
-            keep = [jax.random.bernoulli(k, 1 - model.expert_dropout, (model.top_k, model.d_model)) for k in keys]
-            mask = np.array(keep) / (1 - model.expert_dropout)
+        if model.expert_dropout:
+            mask = dropout_mask(model.expert_dropout, model.top_k, model.d_model)
 
     groups = ()
     if model.capacity_factor is not None:
@@ -152,6 +150,14 @@ def check(mesh, case, **fields):
     return expected
 
 
+@functools.cache
+def dropout_mask(rate: float, top_k: int, d_model: int):
+    """As `MoE` documents: of the key, the token's number, the choice and the feature."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(KEY)))(np.arange(B * S))
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (top_k, d_model)))(keys)
+    return np.asarray(keep) / (1 - rate)
+
+
 def close(got, expected, tolerance, what, least=0.0):
     """Every difference is below `tolerance` of the largest entry, or of `least`."""
     largest = np.abs(expected).max()
@@ -162,12 +168,19 @@ def close(got, expected, tolerance, what, least=0.0):
 CASES = ["uneven", "one expert", "empty experts", "ties"]
 
 
-@pytest.mark.parametrize("shift", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
-@pytest.mark.parametrize("dispatch", DISPATCH)
-@pytest.mark.parametrize("mesh", MESHES, ids=named)
-def test_equals_the_oracle(mesh, dispatch, shift):
-    """Every mesh with every dispatch and routing; top-k, activation, type and dropout take turns."""
-    turn = MESHES.index(mesh) + 2 * list(DISPATCH).index(dispatch) + shift
+def turns():
+    """Every mesh with every dispatch, four times. The fast suite has each mesh once, and the dispatches in turns."""
+    for number, mesh in enumerate(MESHES):
+        for of_dispatch, dispatch in enumerate(DISPATCH):
+            for shift in range(4):
+                fast = of_dispatch == 2 * number % 3 and not shift
+                turn, marks = number + 2 * of_dispatch + shift, [] if fast else pytest.mark.slow
+                yield pytest.param(mesh, dispatch, turn, id=f"{named(mesh)}-{dispatch}-{turn}", marks=marks)
+
+
+@pytest.mark.parametrize(("mesh", "dispatch", "turn"), list(turns()))
+def test_equals_the_oracle(mesh, dispatch, turn):
+    """On every routing; top-k, activation, type and dropout take turns."""
     fields = DISPATCH[dispatch] | {
         "top_k": 1 + turn % 3,
         "activation": ("swiglu", "gelu")[turn % 2],
@@ -196,15 +209,23 @@ def test_equals_the_oracle_in_every_combination(mesh, dispatch, activation, top_
         check(mesh, case, **DISPATCH[dispatch], **fields)
 
 
-def test_larger_groups_and_fewer_experts_than_choices():
-    """Groups of 8 on the meshes that keep them whole drop the same choices; as many experts as choices is dense."""
+@pytest.mark.slow  # the fast suite compares what meshes drop in test_layouts.py
+def test_larger_groups():
+    """Groups of 8 on the meshes that keep them whole drop the same choices."""
     dropped = {
         check(mesh, "uneven", capacity_factor=0.75, capacity_group=8, dtype="float64")["dropped"]
         for mesh in [(2, 2), (4, 4)]
     }
     assert len(dropped) == 1
-    check((1, 2), "uneven", experts=4, top_k=4, dtype="float64")
+
+
+def test_as_many_experts_as_choices():
     check((2, 2), "uneven", experts=2, top_k=2, capacity_factor=0.7, dtype="float64")
+
+
+@pytest.mark.slow
+def test_as_many_experts_as_choices_without_drops_is_dense():
+    check((1, 2), "uneven", experts=4, top_k=4, dtype="float64")
 
 
 def test_ties_go_to_the_lowest_ids():
