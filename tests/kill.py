@@ -103,7 +103,8 @@ class Process:
         Whether the moment was seen: a busy machine may pass over a short one, and the process ends with status 0.
         """
         try:
-            seen = self._held_at(moment)
+            seen = held_at(self._process, lambda: moment(self))
+            assert seen or self._process.returncode == 0, self.printed
         except BaseException:  # no process is left behind
             self._process.kill()
             self._process.wait()
@@ -113,20 +114,20 @@ class Process:
                 self._process.send_signal(number)
         return seen
 
-    def _held_at(self, moment: Callable[["Process"], bool]) -> bool:
-        end = time.monotonic() + LIMIT
-        while True:
-            if self._process.poll() is not None:
-                assert self._process.returncode == 0, self.printed
-                return False
-            assert time.monotonic() < end, ("never came", self.printed)
-            if moment(self):
-                self._process.send_signal(signal.SIGSTOP)
-                os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-                if self._process.poll() is None and moment(self):
-                    return True
-                self._process.send_signal(signal.SIGCONT)
-            time.sleep(0.0005)
+
+def held_at(process: subprocess.Popen, moment: Callable[[], bool]) -> bool:
+    """Holds a process still in a moment in which `moment` holds; False where it has ended before one was seen."""
+    end = time.monotonic() + LIMIT
+    while process.poll() is None:
+        assert time.monotonic() < end, "the moment never came"
+        if moment():
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if process.poll() is None and moment():
+                return True
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.0005)
+    return False
 
 
 def train(workdir: Path, *arguments: str, **options) -> list[str]:

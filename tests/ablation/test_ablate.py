@@ -36,7 +36,8 @@ def read(folder) -> dict:
     return json.loads((folder / "ablation.json").read_text())
 
 
-def test_a_fault_is_told_and_what_has_finished_is_kept(data, tmp_path, capsys, monkeypatch, quick):
+@pytest.mark.slow  # the fast suite has the comparison and the report of results in test_compare.py and test_report.py
+def test_runs_that_differ_are_told(data, tmp_path, capsys, monkeypatch, quick):
     folder, other = tmp_path / "ablation", tmp_path / "other.txt"
     other.write_text(data.read_text()[::-1])
     training = Session._training
@@ -45,23 +46,28 @@ def test_a_fault_is_told_and_what_has_finished_is_kept(data, tmp_path, capsys, m
         return [*training(self, trial), *([f"--config.data.path={other}"] if trial.name == "tp:2x1" else [])]
 
     monkeypatch.setattr(Session, "_training", faulty)
-    argv = arguments(data, folder, "ma:1x2,tp:2x1", "--nodecode")
-    assert ablate.run(argv) == cli.DONE
+    assert ablate.run(arguments(data, folder, "ma:1x2,tp:2x1", "--nodecode")) == cli.DONE
     out, _ = capsys.readouterr()
     warning = next(line for line in out.splitlines() if line.startswith("WARNING"))
     assert "losses are not the same: ma:1x2, tp:2x1 above 1e-09" in warning and "cannot be told which" in warning
     assert f"**{warning}.**" in (folder / "ablation.md").read_text()
 
-    found = read(folder)
-    for run in found["runs"]:
-        memory = run["memory"]
-        assert 0 <= memory["unused"] <= 0.02 * sum(memory.values()), run["name"]
-        assert sum(run["parts"].values()) == pytest.approx(1)
-        assert len(run["losses"]) == 4 and sum(sent["operand_bytes"] for sent in run["sent"]) > 0
 
+def test_what_has_finished_is_kept(data, tmp_path, capsys, monkeypatch, quick):
+    folder = tmp_path / "ablation"
+    argv = arguments(data, folder, "ma:1x2", "--nodecode")
+    assert ablate.run(argv) == cli.DONE
+    found = read(folder)
+    (run,) = found["runs"]
+    memory = run["memory"]
+    assert 0 <= memory["unused"] <= 0.02 * sum(memory.values())
+    assert sum(run["parts"].values()) == pytest.approx(1)
+    assert len(run["losses"]) == 4 and sum(sent["operand_bytes"] for sent in run["sent"]) > 0
+
+    capsys.readouterr()
     monkeypatch.setattr(child, "run", lambda *args: pytest.fail("a finished run was started again"))
     assert ablate.run(argv) == cli.DONE
-    assert "2/2 tp:2x1: has finished" in capsys.readouterr()[0]
+    assert "1/1 ma:1x2: has finished" in capsys.readouterr()[0]
     assert read(folder) == found
     first = f"the run in {folder / 'ma-1x2'} has"
     for field, other, told in (

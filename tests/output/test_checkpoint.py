@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import kill
 import numpy as np
 import pytest
 from states import abstract, bits, filled, mesh_of
@@ -22,7 +23,7 @@ from maxsep.config import ConfigError
 from maxsep.output.checkpoint import Checkpoints, SaveError
 
 
-@pytest.mark.parametrize("attention, expert", [(4, 4), (1, 1), (2, 8), (16, 1), (2, 2)])
+@pytest.mark.parametrize("attention, expert", [(4, 4), (1, 1), (2, 8)])
 def test_restores_the_bits_on_any_mesh(tmp_path, attention, expert):
     saved = filled(abstract(mesh_of(4, 4)), 0)
     with Checkpoints(tmp_path) as checkpoints:
@@ -54,7 +55,7 @@ def test_a_large_replicated_array_is_written_by_several_devices(tmp_path, monkey
 
 
 def test_state_is_donated_while_it_is_saved(tmp_path):
-    shapes = abstract(mesh_of(4, 4), rows=2**16)
+    shapes = abstract(mesh_of(4, 4), rows=2**14)
     zero = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
     advance = jax.jit(lambda state: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), state), donate_argnums=0)
     state = advance(zero)
@@ -263,7 +264,7 @@ def state_of(shapes, step):
 
 
 def large():
-    return abstract(mesh_of(4, 4), rows=2**16)
+    return abstract(mesh_of(4, 4), rows=2**13)
 
 
 def save_for_ever(directory):
@@ -284,12 +285,12 @@ def test_a_kill_inside_a_save_leaves_whole_checkpoints(tmp_path, moment):
         while not any(p.name.isdigit() and int(p.name) >= 4 for p in tmp_path.iterdir()):
             assert process.poll() is None
             time.sleep(0.01)
-        while not any(glob.iglob(pattern, root_dir=tmp_path)):  # pathlib's fails where the folder vanishes meanwhile
-            assert process.poll() is None
+        # Not pathlib's glob, which fails where a folder vanishes meanwhile.
+        assert kill.held_at(process, lambda: any(glob.iglob(pattern, root_dir=tmp_path)))
     finally:
         process.kill()
         process.wait()
-    assert moment == "retention" or any(glob.iglob(pattern, root_dir=tmp_path)), "not killed inside a save"
+    assert any(glob.iglob(pattern, root_dir=tmp_path))
     shapes = large()
     with Checkpoints(tmp_path) as checkpoints:
         steps = checkpoints.all_steps()

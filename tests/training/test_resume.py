@@ -105,11 +105,14 @@ def killed_at_each(moments, folder, flags):
     assert f"this run has finished its {STEPS} steps" in "\n".join(kill.train(folder, *flags))
 
 
-def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch):
+@pytest.mark.parametrize(
+    "moments", [[in_a_save, in_a_step, in_an_evaluation], pytest.param(MOMENTS[1:], marks=pytest.mark.slow)], ids=len
+)
+def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch, moments):
     """The whole run compiles its programs, the other reads them from the cache, which takes no time to be killed in."""
     programs = whole.parent / "programs"
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
-    killed_at_each(MOMENTS[1:], tmp_path / "run", flags)
+    killed_at_each(moments, tmp_path / "run", flags)
     same(tmp_path / "run", whole)
     assert len(list(programs.glob("jit_train_step-*-cache"))) == 1
 
