@@ -64,8 +64,12 @@ def workdir(tmp_path):
 
 @pytest.fixture(scope="session")
 def kept_programs(tmp_path_factory):
-    """A context in which compiled programs are kept until the session ends; on one device only: parallel/start.py."""
-    folder = str(tmp_path_factory.mktemp("programs"))
+    """A context in which compiled programs are kept, for all of pytest's workers, until the session ends.
+
+    On one device only: parallel/start.py.
+    """
+    session = tmp_path_factory.getbasetemp()
+    folder = str((session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "programs")
 
     def keep(on):
         jax.config.update("jax_enable_compilation_cache", on)

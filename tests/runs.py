@@ -9,7 +9,6 @@ import kill
 from maxsep.config import Config, DataConfig, TrainConfig
 from maxsep.output.metrics import MetricsWriter
 from maxsep.training.run import Run
-from maxsep.training.step import Program
 
 SMALL = {
     "mesh__attention": 1,
@@ -39,14 +38,13 @@ def shared_run(config: Config, end_of_text: int, ids: int) -> Run:
         ),
         data=DataConfig(sequence_length=data.sequence_length, cross_document_attention=data.cross_document_attention),
     )
-    run = copy.copy(_compiled_once(model, end_of_text, ids, Program._gradients))
+    run = copy.copy(_compiled_once(model, end_of_text, ids))
     run.config = config
     return run
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_once(model: Config, end_of_text: int, ids: int, gradients) -> Run:
-    """`gradients` tells programs apart in which a test has planted others."""
+def _compiled_once(model: Config, end_of_text: int, ids: int) -> Run:
     run = Run(model, end_of_text, ids)
     run.compile_train_step = functools.cache(run.compile_train_step)
     return run

@@ -86,7 +86,7 @@ def test_no_tensor_of_tokens_experts_and_capacity(programs):
 
 
 def test_tensor_parallelism_exchanges_no_tokens():
-    assert exchanges(compiled((2, 2), "tp").step) == []
+    assert exchanges(compiled((2, 2), "tp").forward) == []
 
 
 def test_folded_experts_are_exchanged_twice_over_the_whole_mesh():

@@ -10,7 +10,13 @@ from maxsep.measure.memory import bytes_on_device, of_state
 
 
 @pytest.mark.parametrize(
-    ("layout", "mesh", "zero1"), [("ma", (4, 4), True), ("tp", (8, 2), False), ("zero", (2, 2, 4), False)], ids=str
+    ("layout", "mesh", "zero1"),
+    [
+        ("ma", (4, 4), True),
+        pytest.param("tp", (8, 2), False, marks=pytest.mark.slow),
+        pytest.param("zero", (2, 2, 4), False, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_bytes_are_those_of_the_devices_shards(layout, mesh, zero1):
     c = config(mesh, layout, optimizer={"zero1": zero1})

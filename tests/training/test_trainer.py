@@ -122,7 +122,11 @@ def test_another_corpus_is_refused(call, finished, tmp_path):
 
 def test_a_tokenizer_may_move_but_not_change(call, workdir, tmp_path):
     first, moved, other = (tmp_path / name / "tokenizer.json" for name in ("first", "moved", "other"))
-    characters = ["</s>", *string.printable]
+    characters = [
+        *string.printable,
+        *map(chr, range(256, 412)),
+        "</s>",
+    ]  # as many as bytes has, and its end: one program
     for path, ordered in ((first, characters), (moved, characters), (other, characters[::-1])):
         path.parent.mkdir()
         Tokenizer(models.BPE({token: i for i, token in enumerate(ordered)}, [])).save(str(path))
@@ -220,7 +224,7 @@ def test_the_workdir_alone_is_enough_to_go_on(call, finished, monkeypatch, capsy
 
     status, out, err = run("--workdir", str(finished), "--mode=eval")
     assert (status, err) == (cli.DONE, "") and "step 4\n" in out
-    status, out, err = run(f"--workdir={finished}", f"{STEPS}5", "--config.mesh.expert=2")
+    status, out, err = run(f"--workdir={finished}", f"{STEPS}5", "--config.train.eval_every=1")
     assert (status, err) == (cli.DONE, "") and "result after step 5\n" in out
     status, _, err = run(f"--workdir={finished}", "--config.model.d_ff=32")
     assert status == cli.USER_ERROR and err.startswith("error: model.d_ff: got 32; the run in ")
