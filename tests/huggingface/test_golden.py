@@ -41,10 +41,7 @@ def test_the_golden_numbers_leave_no_choice_to_rounding():
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < SIZE
 
 
-FAST = [(name, "ma", (1, 1)) for name in NAMES if name.endswith("odd")] + [
-    ("mixtral_even", "ma", (4, 4)),
-    ("olmoe_even", "tp", (4, 2)),
-]
+FAST = [*((name, "ma", (1, 1)) for name in NAMES if name.endswith("odd")), ("mixtral_even", "ma", (4, 4))]
 ALL = [(name, *at) for name in NAMES for at in (("ma", (1, 1)), ("ma", (4, 4)), ("tp", (4, 2)))]
 SLOW = [case for case in ALL if case not in FAST and (case[0].endswith("even") or case[2] == (1, 1))]
 
