@@ -86,7 +86,9 @@ def test_padding_is_not_evaluated(stepped):
     evaluation = run.eval_step(params, jax.device_put(short, run.batch_sharding))
     assert float(evaluation.targets) == (short[..., 1:] >= 0).sum()
     whole = run.eval_step(params, batches[0])
-    assert float(evaluation.cross_entropy) < float(whole.cross_entropy)
+    assert 0 < float(evaluation.cross_entropy) < float(whole.cross_entropy)
+    nothing = run.eval_step(params, jax.device_put(np.full_like(short, -1), run.batch_sharding))
+    assert float(nothing.cross_entropy) == float(nothing.targets) == 0
 
 
 @pytest.mark.slow  # the fast suite compares accumulated gradients with the dense model's, in test_equality.py
