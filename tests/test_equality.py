@@ -79,11 +79,6 @@ STEPS = {
 }
 TWO_STAGES, FOUR_STAGES = ({"batch_size": 16 * stages, "accumulation": stages} for stages in (2, 4))
 SLOW_STEPS = {
-    "1x1": {"mesh": (1, 1)},
-    "2x8 unrolled, dots, k 3, gelu": {
-        "mesh": (2, 8),
-        "model": {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
-    },
     "8x2 kv heads replicated, full, tied, zero1, a norm over all heads, clipped": {
         "mesh": (8, 2),
         "model": {
@@ -96,27 +91,11 @@ SLOW_STEPS = {
         },
         "optimizer": {"zero1": True},
     },
-    "1x16 capacity, accumulation": {
-        "mesh": (1, 16),
-        "model": {"layers": 1, "capacity_factor": 1.25, "capacity_group": 16},
-        "train": {"batch_size": 32, "accumulation": 2},
-    },
-    "ma_folded 4x4, kv heads replicated, documents": {
-        "layout": "ma_folded",
-        "mesh": (4, 4),
-        "model": {"kv_heads": 2},
-        "data": {"cross_document_attention": False},
-    },
     "zero 4x4, capacity, accumulation, documents": {
         "layout": "zero",
         "mesh": (4, 4),
         "model": {"capacity_factor": 1.25, "kv_heads": 2},
         "train": {"batch_size": 32, "accumulation": 2},
-        "data": {"cross_document_attention": False},
-    },
-    "16x1 kv heads replicated, documents": {
-        "mesh": (16, 1),
-        "model": {"kv_heads": 4, "vocab_size": 2000},
         "data": {"cross_document_attention": False},
     },
     "ma_folded 2x8, unrolled, dots, k 3, gelu": {
@@ -138,13 +117,6 @@ SLOW_STEPS = {
         | {"qk_norm": "head", "normalize_top_k": False},
         "optimizer": {"zero1": True},
     },
-    "zero 16x1, full": {"layout": "zero", "mesh": (16, 1), "model": {"remat": "full"}},
-    "zero 1x16": {"layout": "zero", "mesh": (1, 16), "model": FLOAT64},
-    "tp 16x1, a norm over all heads, clipped": {
-        "layout": "tp",
-        "mesh": (16, 1),
-        "model": FLOAT64 | {"kv_heads": 4, "qk_norm": "all", "clip_qkv": 1.0},
-    },
     "pp 2x1x8, capacity, kv heads, documents": {
         "layout": "pp",
         "mesh": (2, 1, 8),
@@ -165,27 +137,6 @@ SLOW_STEPS = {
         "model": {"remat": "full", "kv_heads": 4, "tied_embedding": True, "capacity_factor": 1.25, "qk_norm": "all"},
         "train": {"batch_size": 20, "accumulation": 5},
     },
-    "tp_pp 4x2x2, documents, zero1": {
-        "layout": "tp_pp",
-        "mesh": (4, 2, 2),
-        "model": FLOAT64 | {"layers": 4},
-        "train": FOUR_STAGES,
-        "data": {"cross_document_attention": False},
-        "optimizer": {"zero1": True},
-    },
-    "ma in stages 4x2x2, full, capacity, zero1": {
-        "layout": MA_IN_STAGES,
-        "mesh": (4, 2, 2),
-        "model": FLOAT64 | {"layers": 4, "remat": "full", "capacity_factor": 1.0, "capacity_group": 4},
-        "train": FOUR_STAGES,
-        "optimizer": {"zero1": True},
-    },
-    "own, stages that each compute the head": {
-        "layout": "l=stage b=expert h=attention",
-        "mesh": (2, 2, 4),
-        "model": FLOAT64,
-        "train": TWO_STAGES,
-    },
     "own, stages over two axes, weights at rest": {
         "layout": "l=stage+attention b=expert e=expert v=attention w=stage+expert",
         "mesh": (2, 2, 4),
@@ -205,7 +156,58 @@ SLOW_STEPS = {
         "optimizer": {"zero1": True},
     },
 }
-STEPS |= SLOW_STEPS
+EXHAUSTIVE_STEPS = {
+    "ma in stages 4x2x2, full, capacity, zero1": {
+        "layout": MA_IN_STAGES,
+        "mesh": (4, 2, 2),
+        "model": FLOAT64 | {"layers": 4, "remat": "full", "capacity_factor": 1.0, "capacity_group": 4},
+        "train": FOUR_STAGES,
+        "optimizer": {"zero1": True},
+    },
+    "1x1": {"mesh": (1, 1)},
+    "2x8 unrolled, dots, k 3, gelu": {
+        "mesh": (2, 8),
+        "model": {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
+    },
+    "1x16 capacity, accumulation": {
+        "mesh": (1, 16),
+        "model": {"layers": 1, "capacity_factor": 1.25, "capacity_group": 16},
+        "train": {"batch_size": 32, "accumulation": 2},
+    },
+    "ma_folded 4x4, kv heads replicated, documents": {
+        "layout": "ma_folded",
+        "mesh": (4, 4),
+        "model": {"kv_heads": 2},
+        "data": {"cross_document_attention": False},
+    },
+    "16x1 kv heads replicated, documents": {
+        "mesh": (16, 1),
+        "model": {"kv_heads": 4, "vocab_size": 2000},
+        "data": {"cross_document_attention": False},
+    },
+    "zero 16x1, full": {"layout": "zero", "mesh": (16, 1), "model": {"remat": "full"}},
+    "zero 1x16": {"layout": "zero", "mesh": (1, 16), "model": FLOAT64},
+    "tp 16x1, a norm over all heads, clipped": {
+        "layout": "tp",
+        "mesh": (16, 1),
+        "model": FLOAT64 | {"kv_heads": 4, "qk_norm": "all", "clip_qkv": 1.0},
+    },
+    "tp_pp 4x2x2, documents, zero1": {
+        "layout": "tp_pp",
+        "mesh": (4, 2, 2),
+        "model": FLOAT64 | {"layers": 4},
+        "train": FOUR_STAGES,
+        "data": {"cross_document_attention": False},
+        "optimizer": {"zero1": True},
+    },
+    "own, stages that each compute the head": {
+        "layout": "l=stage b=expert h=attention",
+        "mesh": (2, 2, 4),
+        "model": FLOAT64,
+        "train": TWO_STAGES,
+    },
+}
+STEPS |= SLOW_STEPS | EXHAUSTIVE_STEPS
 FEWER_IDS = 180  # of 200: the tokenizer's, where the name says so
 
 
@@ -249,9 +251,15 @@ def dense(name: str) -> Dense:
     raise AssertionError("rounding may choose other experts than the oracle")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_STEPS else name for name in STEPS]
-)
+def marks(name: str) -> list:
+    return [
+        mark
+        for mark, found in ((pytest.mark.slow, SLOW_STEPS), (pytest.mark.exhaustive, EXHAUSTIVE_STEPS))
+        if name in found
+    ]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in STEPS])
 def test_a_step_equals_the_dense_model(name):
     """Loss and every gradient. The rows of ids that no text has get none, so these have no probability."""
     c, expected, ids = config(**STEPS[name]), dense(name), ids_of(name)
@@ -272,7 +280,11 @@ NEAR = "zero 4x4, kv heads replicated, documents"
 
 @pytest.mark.parametrize(
     ("layout", "mesh"),
-    [("ma", (2, 2)), *(pytest.param(*at, marks=pytest.mark.slow) for at in [("ma", (2, 8)), ("tp_pp", (2, 4, 2))])],
+    [
+        ("ma", (2, 2)),
+        pytest.param("tp_pp", (2, 4, 2), marks=pytest.mark.slow),
+        pytest.param("ma", (2, 8), marks=pytest.mark.exhaustive),
+    ],
 )
 def test_bfloat16_is_near_the_dense_model(layout, mesh):
     c, expected = config(**STEPS[NEAR]), dense(NEAR)
@@ -297,7 +309,7 @@ def test_bfloat16_is_near_the_dense_model(layout, mesh):
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
 
 
-@pytest.mark.slow  # the fast suite has it in test_layouts.py, and the masks themselves in model/test_moe.py
+@pytest.mark.exhaustive  # the fast suite has it in test_layouts.py, and the masks themselves in model/test_moe.py
 def test_expert_dropout_is_the_same_on_every_mesh():
     """Its masks follow the token through meshes and micro-batches; another step has other ones."""
     changes = {"train": {"accumulation": 2}, "model": {"expert_dropout": 0.3, "dtype": "float64"}}
@@ -322,11 +334,10 @@ DISPATCHES = {
 
 
 def equalities():
-    """Each dispatch on each mesh. The slow suite holds one of the two on each, in turns."""
-    for number, mesh in enumerate(MESHES[1:]):
+    """Each dispatch on each mesh."""
+    for mesh in MESHES[1:]:
         for dispatch in DISPATCHES:
-            slow = dispatch == list(DISPATCHES)[number % 2]
-            mark = pytest.mark.slow if slow else pytest.mark.exhaustive
+            mark = pytest.mark.slow if (dispatch, mesh) == ("dropless", (8, 2)) else pytest.mark.exhaustive
             yield pytest.param(dispatch, mesh, id=f"{dispatch}-{named(mesh)}", marks=mark)
 
 

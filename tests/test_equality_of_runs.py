@@ -26,13 +26,12 @@ def train(folder, arguments) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "meshes",
+    ("dispatch", "meshes"),
     [
-        pytest.param([(4, 4)], id="4x4", marks=pytest.mark.slow),
-        pytest.param(MESHES[1:], id="every mesh", marks=pytest.mark.exhaustive),
+        pytest.param("drops", [(4, 4)], id="drops-4x4", marks=pytest.mark.slow),
+        *(pytest.param(x, MESHES[1:], id=f"{x}-every mesh", marks=pytest.mark.exhaustive) for x in DISPATCHES),
     ],
 )
-@pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_twenty_losses_are_the_same(tmp_path, dispatch, meshes):
     rng = np.random.default_rng(SEED)
     words = ["".join(rng.choice(list("aeimnorst"), size=n)) for n in rng.integers(2, 8, size=60)]

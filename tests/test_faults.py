@@ -155,11 +155,13 @@ def test_without_a_fault_nothing_differs(layout):
     assert differing(fault_config(layout), one_device(fault_config(layout, alone=True))) == set()
 
 
+SLOW = (norm_counts_copies, statistic_counted_on_every_device, idle_ticks_counted, micro_batch_sent_twice)
+
+
 def faults():
     for fault in FAULTS:
-        yield pytest.param(
-            fault, id=fault.__name__, marks=[] if fault is expert_gradients_not_summed else pytest.mark.slow
-        )
+        mark = pytest.mark.slow if fault in SLOW else pytest.mark.exhaustive
+        yield pytest.param(fault, id=fault.__name__, marks=[] if fault is expert_gradients_not_summed else mark)
 
 
 @pytest.mark.parametrize("fault", list(faults()))

@@ -55,7 +55,11 @@ def compiled(mesh: tuple[int, ...], layout: str = "ma", rows: int = 0, accumulat
 
 @pytest.fixture(
     scope="module",
-    params=[(2, 4), *(pytest.param(m, marks=pytest.mark.slow) for m in [(4, 1), (2, 2), (1, 1), (1, 4)])],
+    params=[
+        (2, 4),
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in [(4, 1), (1, 4)]),
+        *(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in [(1, 1), (2, 2)]),
+    ],
     ids=named,
 )
 def programs(request):
@@ -119,7 +123,9 @@ def test_a_stage_of_tensor_parallelism_exchanges_no_tokens():
     assert exchanges(compiled((2, 2, 2), "tp_pp", rows=4, accumulation=2, layers=2).step) == []
 
 
-@pytest.mark.parametrize("remat", ["none", *(pytest.param(r, marks=pytest.mark.slow) for r in ("full", "dots"))])
+@pytest.mark.parametrize(
+    "remat", ["none", pytest.param("full", marks=pytest.mark.slow), pytest.param("dots", marks=pytest.mark.exhaustive)]
+)
 def test_a_layers_weights_are_gathered_once_forward_and_once_backward(remat):
     """In `zero`: a layer at a time, inside the loop over micro-batches, and never the whole stack."""
     step = compiled(ZERO, "zero", rows=8, accumulation=2, remat=remat).step

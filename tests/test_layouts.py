@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from programs import run, trained
-from small import ROWS, SEED, config
+from small import MA_IN_STAGES, ROWS, SEED, config
 from states import filled
 
 import train
@@ -73,10 +73,10 @@ TURNS = ["dropless", "drops, dropout, zero1"]  # each value of each switch
 
 
 def every_switch():
-    """Each layout with each of `SWITCHES`. The slow suite holds one of `TURNS`; `ma` has more in test_equality.py."""
+    """Each layout with each of `SWITCHES`. The slow suite holds one of `TURNS`, for pipelines; others are above."""
     for number, layout in enumerate(ROWS):
         for name in SWITCHES:
-            slow = layout != "ma" and name == TURNS[number % 2]
+            slow = layout in ("pp", "tp_pp", MA_IN_STAGES) and name == TURNS[number % 2]
             yield pytest.param(layout, name, marks=pytest.mark.slow if slow else pytest.mark.exhaustive)
 
 
@@ -124,8 +124,12 @@ TRIP = [
 ]
 
 
-@pytest.mark.slow
-def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
+@pytest.mark.parametrize(
+    "trip",
+    [pytest.param(TRIP[1::2], marks=pytest.mark.slow), pytest.param(TRIP, marks=pytest.mark.exhaustive)],
+    ids=len,
+)
+def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data, trip):
     """train.py, three steps and an evaluation on each."""
     values = {
         "layers": 4,
@@ -152,7 +156,7 @@ def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
             "train.log_every": 1,
             "train.eval_every": 3,
             "optimizer.warmup_steps": 2,
-            "optimizer.decay_steps": 3 * len(TRIP),
+            "optimizer.decay_steps": 3 * len(trip),
             "optimizer.learning_rate": 1e-2,
             "data.source": "files",
             "data.path": data,
@@ -167,10 +171,10 @@ def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return {(row["step"], row["split"]): row["loss"] for row in rows}
 
-    undisturbed = go(tmp_path / "alone", *TRIP[-1], 3 * len(TRIP))
-    for number, (layout, mesh) in enumerate(TRIP, 1):
+    undisturbed = go(tmp_path / "alone", *trip[-1], 3 * len(trip))
+    for number, (layout, mesh) in enumerate(trip, 1):
         moved = go(tmp_path / "moved", layout, mesh, 3 * number)
-    last = 3 * len(TRIP)
+    last = 3 * len(trip)
     assert sorted(step for step, split in moved if split == "train") == list(range(1, last + 1))
     assert sorted(step for step, split in moved if split == "eval") == list(range(3, last + 1, 3))
     assert undisturbed[1, "train"] - undisturbed[last, "train"] > 0.5

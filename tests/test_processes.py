@@ -64,9 +64,7 @@ def test_two_processes_train_as_one_does(workdir, data, call, finished_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault, moment, victim", [("killed", "step", 0), ("stuck", "step", 1), ("raising", "write", 1)]
-)
+@pytest.mark.parametrize("fault, moment, victim", [("killed", "step", 0), ("stuck", "step", 1)])
 def test_all_end_where_one_fails(workdir, data, fault, moment, victim):
     fails(workdir, data, fault, moment, victim)
     assert {2, 4} & set(saved(workdir))
@@ -203,7 +201,7 @@ def test_processes_read_disjoint_rows(workdir, data, count):
 @pytest.mark.slow
 def test_launch_starts_again_what_was_killed(workdir, data, tmp_path):
     """Twice; the result has the bits of the undisturbed run, and no process is left."""
-    flags = kill.flags(data, **WIDE | {"train__steps": 60, "train__checkpoint_every": 2})
+    flags = kill.flags(data, **WIDE | {"train__steps": 40, "train__checkpoint_every": 4})
     undisturbed = tmp_path / "undisturbed"
     processes.train(undisturbed, 2, *flags)
     command = [sys.executable, "-m", "maxsep.launch", "--processes=2", "--restarts=3", "--"]
@@ -211,7 +209,7 @@ def test_launch_starts_again_what_was_killed(workdir, data, tmp_path):
     job = [*command, str(kill.TRAIN), f"--workdir={workdir}", *flags]
     launch = subprocess.Popen(job, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        for victim, step in ((1, 2), (0, 8)):
+        for victim, step in ((1, 4), (0, 12)):
             while max(saved(workdir), default=0) < step:
                 assert launch.poll() is None, launch.stderr.read()
                 time.sleep(0.01)

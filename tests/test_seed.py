@@ -34,9 +34,11 @@ def described(leaf):
 @pytest.mark.parametrize(
     ("layout", "mesh"),
     [
-        pytest.param(layout, mesh, marks=[] if (layout, mesh) == ("ma", (4, 4)) else pytest.mark.slow)
+        pytest.param(
+            layout, mesh, marks=pytest.mark.exhaustive if number else [] if layout == "ma" else pytest.mark.slow
+        )
         for layout, meshes in ROWS.items()
-        for mesh in meshes
+        for number, mesh in enumerate(meshes)
     ],
     ids=lambda value: value if isinstance(value, str) else named(value),
 )

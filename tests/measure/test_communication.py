@@ -11,23 +11,19 @@ from maxsep.config.validate import validate
 from maxsep.measure.communication import STATISTICS, sent
 from maxsep.parallel.pipeline import bubble
 
-FAST = [("ma", (4, 4)), ("tp_pp", (2, 8, 1)), ("zero", (4, 4))]
 OTHER = {"model": {"capacity_factor": None, "capacity_group": None, "remat": "none"}, "optimizer": {"zero1": False}}
 
 
-@pytest.mark.parametrize("changes", [{}, pytest.param(OTHER, marks=pytest.mark.slow)], ids=["seed", "dropless"])
-@pytest.mark.parametrize(
-    ("layout", "mesh"),
-    [
-        pytest.param(layout, mesh, marks=[] if (layout, mesh) in FAST else pytest.mark.slow)
-        for layout, mesh in [
-            *((layout, meshes[0]) for layout, meshes in ROWS.items()),
-            ("ma", (2, 8)),
-            ("zero", (2, 2, 4)),
-        ]
-    ],
-    ids=lambda value: value if isinstance(value, str) else named(value),
-)
+def cases():
+    for layout, meshes in ROWS.items():
+        for number, mesh in enumerate(meshes if layout in ("ma", "zero") else meshes[:1]):
+            name = f"{layout}-{named(mesh)}"
+            fast = layout in ("ma", "tp_pp", "zero") and number == 0
+            yield pytest.param(layout, mesh, {}, id=f"{name}-seed", marks=[] if fast else pytest.mark.slow)
+            yield pytest.param(layout, mesh, OTHER, id=f"{name}-dropless", marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(("layout", "mesh", "changes"), list(cases()))
 def test_the_step_of_the_study_sends_what_the_formulas_say(layout, mesh, changes):
     c = seed(layout, mesh)
     c = replace(c, **{name: replace(getattr(c, name), **fields) for name, fields in changes.items()})

@@ -28,7 +28,8 @@ for _layout, _meshes in ROWS.items():
     _name = "in_stages" if _layout == MA_IN_STAGES else _layout
     for _shape in SHAPES:
         if (_layout, _shape) != (MA_IN_STAGES, "narrow"):
-            _mark = pytest.mark.slow if _shape == "wide" and _layout != MA_IN_STAGES else pytest.mark.exhaustive
+            _slow = _shape == "wide" and _layout in ("ma", "tp", "zero")
+            _mark = pytest.mark.slow if _slow else pytest.mark.exhaustive
             CASES.append(pytest.param(_layout, _meshes[0], _shape, marks=_mark, id=f"{_name}-{_shape}"))
 # What the source asks for, by role: no XLA here has chosen another.
 KINDS = {

@@ -169,12 +169,13 @@ CASES = ["uneven", "one expert", "empty experts", "ties"]
 
 
 def turns():
-    """Every mesh with every dispatch, four times. The fast suite has each mesh once, and the dispatches in turns."""
+    """Every mesh with every dispatch, four times. The slow suite has them once; the fast one has each mesh once."""
     for number, mesh in enumerate(MESHES):
         for of_dispatch, dispatch in enumerate(DISPATCH):
             for shift in range(4):
                 fast = of_dispatch == 2 * number % 3 and not shift
-                turn, marks = number + 2 * of_dispatch + shift, [] if fast else pytest.mark.slow
+                turn = number + 2 * of_dispatch + shift
+                marks = [] if fast else pytest.mark.exhaustive if shift else pytest.mark.slow
                 yield pytest.param(mesh, dispatch, turn, id=f"{named(mesh)}-{dispatch}-{turn}", marks=marks)
 
 

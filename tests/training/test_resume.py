@@ -106,7 +106,11 @@ def killed_at_each(moments, folder, flags):
 
 
 @pytest.mark.parametrize(
-    "moments", [[in_a_save, in_a_step, in_an_evaluation], pytest.param(MOMENTS[1:], marks=pytest.mark.slow)], ids=len
+    "moments",
+    [
+        pytest.param([in_a_save, in_a_step, in_an_evaluation], id="three"),
+        pytest.param([before_the_first_checkpoint, after_the_last_step], id="two more", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch, moments):
     """The whole run compiles its programs, the other reads them from the cache, which takes no time to be killed in."""
@@ -117,17 +121,18 @@ def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch, moments):
     assert len(list(programs.glob("jit_train_step-*-cache"))) == 1
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(variant, id=name, marks=pytest.mark.slow if "pipeline" in name else pytest.mark.exhaustive)
-        for name, variant in VARIANTS.items()
-    ],
-)
-def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant):
+def variants():
+    for name, variant in VARIANTS.items():
+        yield pytest.param(variant, MOMENTS, id=f"{name}, every moment", marks=pytest.mark.exhaustive)
+    pipeline = next(variant for name, variant in VARIANTS.items() if "pipeline" in name)
+    yield pytest.param(pipeline, [compiling, in_a_save], id="a pipeline, two moments", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("variant", "moments"), list(variants()))
+def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant, moments):
     """On four devices, whose programs are not kept."""
     flags = kill.flags(kill.text(tmp_path), **variant)
-    killed_at_each(MOMENTS, tmp_path / "run", flags)
+    killed_at_each(moments, tmp_path / "run", flags)
     kill.train(tmp_path / "whole", *flags)
     same(tmp_path / "run", tmp_path / "whole")
     assert list(programs.glob("*-cache")) == []
@@ -135,7 +140,7 @@ def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant):
 
 @pytest.mark.parametrize(
     "later",
-    [pytest.param(1.5, marks=pytest.mark.slow), pytest.param(0.25, marks=pytest.mark.exhaustive)],
+    [pytest.param(3, marks=pytest.mark.slow), pytest.param(0.25, marks=pytest.mark.exhaustive)],
     ids=lambda seconds: f"{seconds} s",
 )
 def test_killed_at_any_time(tmp_path, programs, flags, whole, later):
@@ -146,7 +151,7 @@ def test_killed_at_any_time(tmp_path, programs, flags, whole, later):
     same(tmp_path / "run", whole)
 
 
-MESHES = {(1, 1): "slow", (1, 4): "slow", (4, 4): "slow", (4, 1): "exhaustive", (2, 1): "exhaustive"}
+MESHES = {(1, 1): "slow", (4, 4): "exhaustive", (1, 4): "exhaustive", (4, 1): "exhaustive", (2, 1): "exhaustive"}
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +178,14 @@ def test_killed_and_restarted_on_another_mesh(tmp_path, moved, mesh):
     assert whole[24, "train"] < whole[1, "train"] - 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", [compiling, in_a_save, in_an_evaluation])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(compiling, marks=pytest.mark.exhaustive),
+        pytest.param(in_a_save, marks=pytest.mark.slow),
+        pytest.param(in_an_evaluation, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_sigterm_in_any_phase_saves_and_goes_on(tmp_path, flags, whole, moment):
     def before_the_last_step(process):
         return moment(process) and not any(line.startswith(f"step {STEPS}/") for line in process.printed)
