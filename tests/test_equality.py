@@ -275,33 +275,21 @@ def test_a_step_equals_the_dense_model(name):
     assert not head[ids:].any() and head[:ids].any(axis=1).all()
 
 
-NEAR = "zero 4x4, kv heads replicated, documents"
-
-
 @pytest.mark.parametrize(
-    ("layout", "mesh"),
+    ("layout", "mesh", "near"),
     [
-        ("ma", (2, 2)),
-        pytest.param("tp_pp", (2, 4, 2), marks=pytest.mark.slow),
-        pytest.param("ma", (2, 8), marks=pytest.mark.exhaustive),
+        ("ma", (2, 2), "ma_folded 4x4, kv heads replicated, clipped"),
+        pytest.param("tp_pp", (2, 4, 2), "zero 4x4, kv heads replicated, documents", marks=pytest.mark.slow),
+        pytest.param("ma", (2, 8), "zero 4x4, kv heads replicated, documents", marks=pytest.mark.exhaustive),
     ],
 )
-def test_bfloat16_is_near_the_dense_model(layout, mesh):
-    c, expected = config(**STEPS[NEAR]), dense(NEAR)
-    stages = mesh[0] if len(mesh) == 3 else 1
-    model = replace(c.model, dtype="bfloat16")
-    batch = expected.batch.reshape(stages, -1, expected.batch.shape[-1])
-    found, rough = gradients(
-        replace(
-            c,
-            layout=layout,
-            mesh=MeshConfig(*(1, *mesh)[-3:]),
-            model=model,
-            train=replace(c.train, accumulation=stages),
-        ),
-        expected.params,
-        batch,
-    )
+def test_bfloat16_is_near_the_dense_model(layout, mesh, near):
+    """`near` names the step of which it is another layout, mesh and type."""
+    c, expected, shape = config(**STEPS[near]), dense(near), MeshConfig(*(1, *mesh)[-3:])
+    model, train = replace(c.model, dtype="bfloat16"), replace(c.train, accumulation=shape.stage)
+    batch = expected.batch.reshape(shape.stage, -1, expected.batch.shape[-1])
+    rough_c = replace(c, layout=layout, mesh=shape, model=model, train=train)
+    found, rough = gradients(rough_c, expected.params, batch)
     assert rough["loss"] == pytest.approx(expected.cross_entropy, rel=0.02)
     # Choices of experts flip where scores are close, so single entries differ; the whole points the same way.
     a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (found, expected.gradients))

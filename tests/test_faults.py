@@ -150,7 +150,7 @@ def one_device(c):
     return first_step(c, *step_inputs(c))
 
 
-@pytest.mark.parametrize("layout", ["ma", "tp", pytest.param("pp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["ma", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tp", "pp"))])
 def test_without_a_fault_nothing_differs(layout):
     assert differing(fault_config(layout), one_device(fault_config(layout, alone=True))) == set()
 

@@ -100,6 +100,7 @@ def test_folded_experts_are_exchanged_twice_over_the_whole_mesh():
     assert len(exchanges(forward)) == 2
 
 
+@pytest.mark.slow  # the fast suite counts what stages send in measure/test_program.py
 def test_between_stages_go_activations_and_no_weights():
     """Of two stages and five micro-batches of three sequences: all that is sent."""
     stages, rows, micro_batches = 2, 3, 5

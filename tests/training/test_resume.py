@@ -99,10 +99,11 @@ def same(run, reference):
 
 
 def killed_at_each(moments, folder, flags):
-    """A run that was killed at each moment in turn."""
+    """A run that was killed at each moment in turn, and then went on to its end."""
     for moment in moments:
         kill.killed(folder, moment, *flags)
-    assert f"this run has finished its {STEPS} steps" in "\n".join(kill.train(folder, *flags))
+    printed = "\n".join(kill.train(folder, *flags))
+    assert (f"this run has finished its {STEPS} steps" in printed) == (moments[-1] is after_the_last_step)
 
 
 @pytest.mark.parametrize(
