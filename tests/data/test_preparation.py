@@ -110,9 +110,8 @@ def test_a_killed_preparation_goes_on(files, tmp_path, monkeypatch, how, status)
     script.write_text(KILLED)
     data = {"source": "files", "path": files, "sequence_length": 16, "tokenizer": "bytes", "cache": tmp_path / "cache"}
     command = [sys.executable, script, "--workers=2", *(f"--config.data.{k}={v}" for k, v in data.items())]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, start_new_session=True, env=ENVIRONMENT, cwd=tmp_path
-    ) as process:
+    own = {"start_new_session": True, "env": ENVIRONMENT, "cwd": tmp_path}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, **own) as process:
         while process.poll() is None and not glob.glob("cache/records/*.partial/train-00001*", root_dir=tmp_path):
             time.sleep(0.005)
         process.send_signal(how)

@@ -122,11 +122,7 @@ def test_another_corpus_is_refused(call, finished, tmp_path):
 
 def test_a_tokenizer_may_move_but_not_change(call, workdir, tmp_path):
     first, moved, other = (tmp_path / name / "tokenizer.json" for name in ("first", "moved", "other"))
-    characters = [
-        *string.printable,
-        *map(chr, range(256, 412)),
-        "</s>",
-    ]  # as many as bytes has, and its end: one program
+    characters = [*string.printable, *map(chr, range(256, 412)), "</s>"]  # as many ids as `bytes` has: one program
     for path, ordered in ((first, characters), (moved, characters), (other, characters[::-1])):
         path.parent.mkdir()
         Tokenizer(models.BPE({token: i for i, token in enumerate(ordered)}, [])).save(str(path))
