@@ -36,7 +36,7 @@ def read(folder) -> dict:
     return json.loads((folder / "ablation.json").read_text())
 
 
-@pytest.mark.slow  # the fast suite has the comparison and the report of results in test_compare.py and test_report.py
+@pytest.mark.exhaustive  # the fast suite compares and reports given results: test_compare.py, test_report.py
 def test_runs_that_differ_are_told(data, tmp_path, capsys, monkeypatch, quick):
     folder, other = tmp_path / "ablation", tmp_path / "other.txt"
     other.write_text(data.read_text()[::-1])

@@ -136,7 +136,7 @@ def test_the_dense_model_has_these_probabilities_and_one_device_these_tokens(lay
                 assert token == of_next.argmax()
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((4, 4), marks=pytest.mark.slow)], ids=named)
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((4, 4), marks=pytest.mark.exhaustive)], ids=named)
 def test_a_prompt_alone_has_the_tokens_that_it_has_in_a_batch(mesh):
     c, number = of("ma", mesh, COMBINED), 3
     together, given = alone(COMBINED, SAMPLED)[number], prompts(c)[number]

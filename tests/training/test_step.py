@@ -91,7 +91,7 @@ def test_padding_is_not_evaluated(stepped):
     assert float(nothing.cross_entropy) == float(nothing.targets) == 0
 
 
-@pytest.mark.slow  # the fast suite compares accumulated gradients with the dense model's, in test_equality.py
+@pytest.mark.exhaustive  # the fast suite compares accumulated gradients with the dense model's, in test_equality.py
 def test_gradients_are_added_over_micro_batches():
     """Without the auxiliary losses, which are over micro-batches, accumulation changes nothing."""
     sums = []
