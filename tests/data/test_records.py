@@ -6,6 +6,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+import kill
 import numpy as np
 import pytest
 from hypothesis import given
@@ -203,11 +204,10 @@ def test_evaluation_sees_every_record_once(corpus, batch_size):
 
 
 def test_closing_stops_the_thread(corpus):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     batches = loader.train_batches(corpus.train, 4, 0, 0, ROWS)
     next(batches)
+    (thread,) = (one for one in set(threading.enumerate()) - before if one.name.startswith("grain-prefetch"))
     batches.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("grain-prefetch"):
-            thread.join(10)
-    assert threading.active_count() <= before
+    thread.join(kill.LIMIT)
+    assert not thread.is_alive()
