@@ -34,9 +34,7 @@ def described(leaf):
 @pytest.mark.parametrize(
     ("layout", "mesh"),
     [
-        pytest.param(
-            layout, mesh, marks=pytest.mark.exhaustive if number else [] if layout == "ma" else pytest.mark.slow
-        )
+        pytest.param(layout, mesh, marks=pytest.mark.exhaustive if number else pytest.mark.slow)
         for layout, meshes in ROWS.items()
         for number, mesh in enumerate(meshes)
     ],

@@ -72,8 +72,8 @@ def test_a_finished_run_says_so(call, finished):
 
 
 def test_with_more_steps_it_goes_on_with_its_schedule(call, finished, workdir):
-    """As if it had never stopped, on another mesh and with other intervals too."""
-    status, out, _ = call(finished, train__steps=6, mesh__expert=2, train__eval_every=1, optimizer__zero1=True)
+    """As if it had never stopped, with other intervals too."""
+    status, out, _ = call(finished, train__steps=6, train__eval_every=1)
     assert status == cli.DONE and f"going on from step 4 in {finished}\n" in out
     assert (steps(finished, "train"), steps(finished, "eval")) == ([1, 2, 3, 4, 5, 6], [4, 5, 6])
     rates = [row["learning_rate"] for (_, split), row in kill.figures(finished).items() if split == "train"]
