@@ -274,7 +274,7 @@ def save_for_ever(directory):
             checkpoints.save(step, state_of(shapes, step), {"position": step}, float(step % 5))
 
 
-@pytest.mark.parametrize("moment", ["save", "retention"])
+@pytest.mark.parametrize("moment", ["retention", pytest.param("save", marks=pytest.mark.slow)])
 def test_a_kill_inside_a_save_leaves_whole_checkpoints(tmp_path, moment):
     # Four steps in, so that retention has begun; then the next time the folder shows the moment asked for.
     pattern = "*.orbax-checkpoint-tmp" if moment == "save" else "trash/*"

@@ -110,8 +110,12 @@ def killed_at_each(moments, folder, flags):
 @pytest.mark.parametrize(
     "moments",
     [
-        pytest.param([in_a_save, in_a_step, in_an_evaluation], id="three"),
-        pytest.param([before_the_first_checkpoint, after_the_last_step], id="two more", marks=pytest.mark.slow),
+        pytest.param([in_a_save, in_a_step], id="two"),
+        pytest.param(
+            [before_the_first_checkpoint, in_an_evaluation, after_the_last_step],
+            id="three more",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch, moments):
