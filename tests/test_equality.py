@@ -124,13 +124,6 @@ SLOW_STEPS = {
         "train": TWO_STAGES,
         "data": {"cross_document_attention": False},
     },
-    "pp 4x1x4, unrolled, dots, k 3, gelu, zero1": {
-        "layout": "pp",
-        "mesh": (4, 1, 4),
-        "model": FLOAT64 | {"layers": 4, "scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
-        "train": FOUR_STAGES,
-        "optimizer": {"zero1": True},
-    },
     "tp_pp 2x8x1, full, tied, capacity, more micro-batches": {
         "layout": "tp_pp",
         "mesh": (2, 8, 1),
@@ -157,6 +150,13 @@ SLOW_STEPS = {
     },
 }
 EXHAUSTIVE_STEPS = {
+    "pp 4x1x4, unrolled, dots, k 3, gelu, zero1": {
+        "layout": "pp",
+        "mesh": (4, 1, 4),
+        "model": FLOAT64 | {"layers": 4, "scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
+        "train": FOUR_STAGES,
+        "optimizer": {"zero1": True},
+    },
     "ma in stages 4x2x2, full, capacity, zero1": {
         "layout": MA_IN_STAGES,
         "mesh": (4, 2, 2),
@@ -321,15 +321,9 @@ DISPATCHES = {
 }
 
 
-def equalities():
-    """Each dispatch on each mesh."""
-    for mesh in MESHES[1:]:
-        for dispatch in DISPATCHES:
-            mark = pytest.mark.slow if (dispatch, mesh) == ("dropless", (8, 2)) else pytest.mark.exhaustive
-            yield pytest.param(dispatch, mesh, id=f"{dispatch}-{named(mesh)}", marks=mark)
-
-
-@pytest.mark.parametrize(("dispatch", "mesh"), list(equalities()))
+@pytest.mark.exhaustive  # the fast suite has `ma` in test_layouts.py, the slow one in huggingface/test_training.py
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=named)
+@pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_twenty_losses_are_the_same(dispatch, mesh):
     alone = config(**DISPATCHES[dispatch])
     expected, moved, dropped = trained(alone)

@@ -70,10 +70,10 @@ def test_a_layout_has_the_losses_of_one_device(layout, mesh, cheaper):
 
 
 def every_switch():
-    """Each layout with each of `SWITCHES`. The slow suite holds pipelines with one; other layouts are above."""
+    """Each layout with each of `SWITCHES`. The slow suite holds two pipelines with one; others are above."""
     for layout in ROWS:
         for name in SWITCHES:
-            slow = layout in ("pp", "tp_pp", MA_IN_STAGES) and name == "drops, dropout, zero1"
+            slow = layout in ("pp", MA_IN_STAGES) and name == "drops, dropout, zero1"
             yield pytest.param(layout, name, marks=pytest.mark.slow if slow else pytest.mark.exhaustive)
 
 

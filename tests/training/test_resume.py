@@ -127,18 +127,12 @@ def test_killed_in_every_phase(tmp_path, flags, whole, monkeypatch, moments):
     assert len(list(programs.glob("jit_train_step-*-cache"))) == 1
 
 
-def variants():
-    for name, variant in VARIANTS.items():
-        yield pytest.param(variant, MOMENTS, id=f"{name}, every moment", marks=pytest.mark.exhaustive)
-    pipeline = next(variant for name, variant in VARIANTS.items() if "pipeline" in name)
-    yield pytest.param(pipeline, [in_a_save], id="a pipeline, in a save", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("variant", "moments"), list(variants()))
-def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant, moments):
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant):
     """On four devices, whose programs are not kept."""
     flags = kill.flags(kill.text(tmp_path), **variant)
-    killed_at_each(moments, tmp_path / "run", flags)
+    killed_at_each(MOMENTS, tmp_path / "run", flags)
     kill.train(tmp_path / "whole", *flags)
     same(tmp_path / "run", tmp_path / "whole")
     assert list(programs.glob("*-cache")) == []
