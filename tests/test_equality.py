@@ -208,7 +208,7 @@ EXHAUSTIVE_STEPS = {
     },
 }
 STEPS |= SLOW_STEPS | EXHAUSTIVE_STEPS
-FEWER_IDS = 180  # of 200: the tokenizer's, where the name says so
+FEWER_IDS = 180  # of 200: the tokenizer's ids, in the step that has fewer
 
 
 class Dense(NamedTuple):
