@@ -16,7 +16,7 @@ import time
 from absl import flags
 
 from maxsep.cluster import process
-from maxsep.config import ConfigError, cli, files, paths
+from maxsep.config import ConfigError, cli, files, paths, runs
 from maxsep.config.paths import REPOSITORY
 
 DEFAULT = "configs/ablations/study.py"
@@ -43,15 +43,12 @@ def main(args: cli.Args, argv: list[str]) -> None:
     if (folder / "config.json").exists():
         raise ConfigError(f"--workdir: got {named}, which is the folder of a run; takes one for the ablation's runs")
     config_path = cli.take("config", argv)[0]
-    runs = files.listed(config_path, "RUNS") if args.flags.runs is None else args.flags.runs
-    if args.flags.runs is None and not runs:
-        raise ConfigError(f"--runs: none given, and {config_path} has no RUNS; takes {trial.TAKES}")
+    asked = files.listed(config_path, "RUNS") if args.flags.runs is None else args.flags.runs
+    if args.flags.runs is None and not asked:
+        raise ConfigError(f"--runs: none given, and {config_path} has no RUNS; takes {runs.TAKES}")
     shared = cli.config_arguments(argv)
-    for flag in shared:
-        field = flag.lstrip("-").partition("=")[0].removeprefix("config.")
-        if field in trial.OF_THE_RUNS:
-            raise ConfigError(f"{field}: is set by each run of --runs; takes no flag here")
-    trials = trial.trials(runs, args.config, folder)
+    runs.check_free(shared)
+    trials = trial.trials(asked, args.config, folder)
     for one in trials:
         if (one.folder / "config.json").exists():
             workdir.check_resume(one.folder, one.config, may_change=trial.MAY_CHANGE)
@@ -71,8 +68,8 @@ def main(args: cli.Args, argv: list[str]) -> None:
     with Lock(folder):
         session.run()
         try:
-            runs = [] if args.flags.runs is None else [f"--runs={','.join(args.flags.runs)}"]
-            again = ["python", "-m", "maxsep.ablate", *shared, *runs, f"--workdir={named}"]
+            chosen = [] if args.flags.runs is None else [f"--runs={','.join(args.flags.runs)}"]
+            again = ["python", "-m", "maxsep.ablate", *shared, *chosen, f"--workdir={named}"]
             written = session.report(shlex.join(again))
         except OSError as e:
             why = f"cannot write the report in {named}: {e.strerror}; with room for it the same command writes it"

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-from maxsep.ablation import child, kept, tables
+from maxsep.ablation import kept, tables
 from maxsep.ablation.trial import Trial, columns
+from maxsep.cluster import child
 from maxsep.cluster.signals import Stop
 from maxsep.config import cli
 from maxsep.config.paths import REPOSITORY

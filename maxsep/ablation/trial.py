@@ -5,11 +5,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from maxsep.config import Config, ConfigError
+from maxsep.config import Config, ConfigError, runs
 from maxsep.config.validate import validate
 
 STRATEGIES = {"tp": "TP", "pp": "PP", "tp_pp": "TP, PP", "ma": "MA"}  # what the study compares, by layout
-TAKES = "layout:attention x expert or layout:stage x attention x expert, as ma:4x4,tp:8x2,pp:2x1x8"
 # What may differ when an ablation goes on: no figure of a run that has finished depends on it.
 MAY_CHANGE = (
     "train.steps",
@@ -24,7 +23,6 @@ MAY_CHANGE = (
     "data.cache",
     "data.tokenizer",
 )
-OF_THE_RUNS = ("layout", "mesh.stage", "mesh.attention", "mesh.expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,45 +39,37 @@ class Trial:
         return self.config.mesh.devices
 
 
-def trials(runs: Sequence[str], config: Config, folder: Path) -> list[Trial]:
-    """The runs that are written as `TAKES` says, each in a folder of its own under `folder`.
+def trials(named: Sequence[str], config: Config, folder: Path) -> list[Trial]:
+    """The runs that are written as `runs.TAKES` says, each in a folder of its own under `folder`.
 
     Raises:
         ConfigError: one is mistyped, is there twice, or does not fit the config: which, and the field to set.
     """
     out: list[Trial] = []
-    for run in runs:
+    for run in named:
         made = _trial(run.strip(), config, folder)
         if any(made.folder == other.folder for other in out):
             raise ConfigError(f"--runs: got {made.name} twice; takes each once")
         out.append(made)
     if not out:
-        raise ConfigError(f"--runs: none given; takes {TAKES}")
+        raise ConfigError(f"--runs: none given; takes {runs.TAKES}")
     return out
 
 
 def _trial(run: str, config: Config, folder: Path) -> Trial:
-    layout, _, mesh = run.rpartition(":")
-    sizes = mesh.lower().split("x")
-    if not layout or len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise ConfigError(f"--runs: got {run!r}; takes {TAKES}")
-    stage, attention, expert = map(int, ["1", *sizes][-3:])
-    shape = {"stage": stage, "attention": attention, "expert": expert}
+    layout, mesh = runs.parse(run, config.mesh)
     train = config.train
     if train.profile is None:  # the last two steps
         train = dataclasses.replace(train, profile=f"{max(1, train.steps - 1)}:{train.steps}")
     train = dataclasses.replace(train, log_every=1)
-    mesh = dataclasses.replace(config.mesh, **shape)
     made = dataclasses.replace(config, layout=layout, mesh=mesh, train=train)
     try:
         validate(made)
     except ConfigError as e:
         raise ConfigError(f"--runs: {run}: {e}") from e
-    flags = [f"--config.layout={layout}", *(f"--config.mesh.{axis}={size}" for axis, size in shape.items())]
-    flags += [f"--config.train.log_every={train.log_every}", f"--config.train.profile={train.profile}"]
-    shown = [attention, expert] if stage == 1 else [stage, attention, expert]
-    name = f"{layout}:{'x'.join(map(str, shown))}"
-    return Trial(name, made, tuple(flags), folder / re.sub(r"[^\w]+", "-", name).strip("-"))
+    flags = (*runs.flags(layout, mesh), "--config.train.log_every=1", f"--config.train.profile={train.profile}")
+    name = runs.name(layout, mesh)
+    return Trial(name, made, flags, folder / re.sub(r"[^\w]+", "-", name).strip("-"))
 
 
 def columns(names: Sequence[str]) -> dict[str, str]:

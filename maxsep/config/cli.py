@@ -81,6 +81,7 @@ def run(
     commands: Sequence[str] = (),
     argv: Sequence[str] | None = None,
     found: Found | None = None,
+    any_mesh: bool = False,
 ) -> int:
     """Parses the command line, calls `main`, and turns whatever happens into an exit status.
 
@@ -92,6 +93,7 @@ def run(
         commands: the words of which the tool takes exactly one.
         argv: program and arguments; None: `sys.argv`.
         found: where the tool's config is found, instead of `default_config`.
+        any_mesh: the tool replaces the config's layout and mesh, which are not checked.
 
     Returns:
         The exit status, 0 where `main` returned.
@@ -102,7 +104,7 @@ def run(
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
             print(help_text(argv, define, doc, default_config, commands, found))
         else:
-            main(parse(argv, define, default_config, commands, found))
+            main(parse(argv, define, default_config, commands, found, any_mesh))
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as e:
         return answer(e)
@@ -143,6 +145,7 @@ def parse(
     default_config: str | None = None,
     commands: Sequence[str] = (),
     found: Found | None = None,
+    any_mesh: bool = False,
 ) -> Args:
     """The command line as `Args`.
 
@@ -180,7 +183,7 @@ def parse(
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     if config is not None:
-        validate(config, training=found is None)
+        validate(config, training=found is None, mesh=not any_mesh)
     return Args(values, config, fit_mesh and not any(p.startswith("mesh.") for p in overridden), command)
 
 

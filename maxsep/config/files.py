@@ -54,11 +54,15 @@ def config_file(named: str) -> tuple[str, list[str]]:
         path, *arguments = named.split(":", 1)
         if not arguments or not paths.named("--config", path).is_file():
             raise ConfigError(f"--config: got {named!r}, which is no file; takes a file like configs/tiny.py")
-    # For `from configs import base`, wherever the file lies and whatever else is called configs.
-    configs = types.ModuleType("configs")
-    configs.__path__ = [str(REPOSITORY / "configs"), str(Path(path).absolute().parent)]
-    sys.modules["configs"] = configs
+    importable(Path(path))
     return path, arguments
+
+
+def importable(path: Path) -> None:
+    """Makes `from configs import base` work in the file, wherever it lies and whatever else is called configs."""
+    configs = types.ModuleType("configs")
+    configs.__path__ = [str(REPOSITORY / "configs"), str(path.absolute().parent)]
+    sys.modules["configs"] = configs
 
 
 def listed(named: str, name: str) -> list[str]:

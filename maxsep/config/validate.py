@@ -15,10 +15,10 @@ GPT2_FEWEST_IDS = 257  # a byte each, and the end of a text
 MOST_DEVICES = 4096  # along an axis, where one is suggested
 
 
-def validate(config: Config, training: bool = True) -> None:
+def validate(config: Config, training: bool = True, mesh: bool = True) -> None:
     """Checks everything about a config that needs neither a device nor a file.
 
-    Not `training`: for inference, whose batches are made to fit the mesh.
+    Not `training`: for inference, whose batches are made to fit the mesh. Not `mesh`: whatever layout and mesh are.
 
     Raises:
         ConfigError: the first rule that is broken, as one line.
@@ -28,7 +28,8 @@ def validate(config: Config, training: bool = True) -> None:
     _optimizer(config)
     _data(config)
     _model(config)
-    _mesh(config, training)
+    if mesh:
+        _mesh(config, training)
 
 
 def _need(holds: bool, path: str, got, takes: str) -> None:

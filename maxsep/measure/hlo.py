@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16}  # of an element; of other types their name says the bits
 
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\]")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # 0, 1, ... in these dimensions, transposed
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Instruction:
     """A line of the text.
 
     `operands`: names, of one element of a tuple with #number; `called`: other computations; `body`: that of a loop;
-    `attributes`: as they are written.
+    `attributes`: as they are written; `root`: its result is its computation's.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Instruction:
     called: tuple[str, ...]
     body: str | None
     attributes: str
+    root: bool
 
     @cached_property
     def arrays(self) -> list[Array]:
@@ -78,6 +82,17 @@ class Instruction:
         """Which of `COLLECTIVES` it is, or starts; None: none."""
         kind = self.opcode.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
+
+    @property
+    def synchronous(self) -> bool:
+        """Of what starts a collective: nothing runs beside it, as XLA says in its configuration."""
+        return '"is_sync":true' in self.attributes
+
+    @property
+    def target(self) -> str | None:
+        """The library's function that a custom call is for; None: it is no custom call."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found[1] if found and self.opcode == "custom-call" else None
 
 
 @dataclass(frozen=True)
@@ -127,19 +142,29 @@ class Module:
             for called in instruction.called:
                 yield from self._run(called, inner, busy)
 
+    def root(self, name: str) -> Instruction:
+        """The instruction whose result is that of a computation."""
+        return next(i for i in self.computations[name] if i.root)
+
+    def started(self, instruction: Instruction) -> Instruction:
+        """What an `async-start` starts; else itself. XLA also writes the two as one, as `all-to-all-start`."""
+        return self.root(instruction.called[0]) if instruction.opcode == "async-start" else instruction
+
     def devices(self, collective: Instruction) -> int:
         """Devices among which a collective sends, the largest group's; 1: it sends nothing."""
+        return max(map(len, self.groups(collective)), default=1)
+
+    def groups(self, collective: Instruction) -> list[list[int]]:
+        """The partitions of each group among which a collective sends; of a permutation the pairs that differ."""
         text = collective.attributes
         if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
-            return 1 + any(one != other for one, other in re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
-        if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}", text):
-            sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # of some a part: 'axis':(before)size
-            return math.prod(int(part or sizes[axis]) for axis, part in axes)
-        if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
-            return int(iota[1])
-        groups = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)*)\}", text)[1]
-        return max((len(group.split(",")) for group in re.findall(r"\{([\d,]+)\}", groups)), default=self.partitions)
+            return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if a != b]
+        if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", text):
+            return _of_mesh(*mesh.groups())
+        if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", text):
+            return _iota(*iota.groups()[1:]).reshape(_ints(iota[1])).tolist()
+        listed = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)*)\}", text)
+        return [_ints(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])] or [list(range(self.partitions))]
 
 
 def parse(text: str) -> Module:
@@ -151,12 +176,13 @@ def parse(text: str) -> Module:
             current = computations[header[2]] = []
             entry = header[2] if header[1] else entry
         elif found := _INSTRUCTION.match(line):
-            name, shape, opcode, rest = found.groups()
+            root, name, shape, opcode, rest = found.groups()
             called = re.findall(r"(?:body|condition|calls|to_apply|\w+_computation)=%?([\w.-]+)", rest)
             called += re.findall(r"%?([\w.-]+)", (re.search(r"branch_computations=\{(.*?)\}", rest) or ["", ""])[1])
             body = re.search(r"body=%?([\w.-]+)", rest)
             operands = re.findall(r"%([\w.#-]+)", _arguments(rest))
-            current.append(Instruction(name, shape, opcode, tuple(operands), tuple(called), body and body[1], rest))
+            made = Instruction(name, shape, opcode, tuple(operands), tuple(called), body and body[1], rest, bool(root))
+            current.append(made)
     partitions = re.search(r"num_partitions=(\d+)", text)
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
@@ -174,3 +200,27 @@ def _arguments(rest: str) -> str:
         if depth == 0:
             return rest[:at]
     return rest
+
+
+def _ints(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    dims = _ints(dims)
+    return np.arange(math.prod(dims)).reshape(dims).transpose(_ints(order) if order else None)
+
+
+def _of_mesh(axes: str, ids: str | None, among: str) -> list[list[int]]:
+    """The groups of `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b':(1)2}`: a part of 2 of axis b, 1 before it."""
+    used = {name: (before, part) for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", among)}
+    dims, own = [], []
+    for name, size in re.findall(r"'(\w+)'=(\d+)", axes):
+        before, part = used.get(name) or ("", "")
+        before, part = (int(before), int(part)) if part else (1, int(size))
+        dims += [before, part, int(size) // (before * part)]
+        own += [False, name in used, False]
+    devices = _iota(*re.search(_IOTA, ids).groups()) if ids else np.arange(math.prod(dims))
+    order = sorted(range(len(dims)), key=own.__getitem__)  # what the groups are made of comes last
+    size = math.prod(dim for dim, inside in zip(dims, own, strict=True) if inside)
+    return devices.reshape(dims).transpose(order).reshape(-1, size).tolist()

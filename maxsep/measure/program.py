@@ -3,13 +3,12 @@
 `communication.sent` counts what the source asks for; this is what XLA has made of it.
 """
 
-import math
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from maxsep.measure import work
 from maxsep.measure.communication import role
-from maxsep.measure.hlo import Instruction, Module
+from maxsep.measure.hlo import Module
 
 # Share of its operand that a device puts on the wire, among n devices: the least that any algorithm can send. A ring
 # does it (Thakur, Rabenseifner, Gropp 2005).
@@ -20,7 +19,6 @@ WIRE = {
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-LIBRARIES = re.compile(r'custom_call_target="__(cublas|cudnn|onednn|triton)')  # products that are no `dot` any more
 
 
 @dataclass(frozen=True)
@@ -68,20 +66,12 @@ def by_role(found: list[Sent], wire: bool = False) -> Counter[str]:
 def products(module: Module, busy: float = 1) -> float | None:
     """Floating-point operations of the matrix products, a device and step.
 
-    None: some depend on the data (dropless experts on a CPU), or a library computes them and HLO does not say how many.
+    None: some depend on the data (dropless experts on a CPU), or a library computes them and nobody has said how many.
     """
     total = 0.0
     for instruction, times in module.run(busy):
-        if LIBRARIES.search(instruction.attributes):
+        found = work.product(module, instruction)
+        if found is None or (found and times is None):
             return None
-        if instruction.opcode == "dot":
-            if times is None:
-                return None
-            total += times * _dot(module, instruction)
+        total += (times or 0) * found.total()
     return total
-
-
-def _dot(module: Module, dot: Instruction) -> int:
-    left = module.arrays(dot.operands[0])[0]
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)[1]
-    return 2 * dot.arrays[0].elements * math.prod(left.dims[int(dim)] for dim in filter(None, contracted.split(",")))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from maxsep.config import Config
+from maxsep.config import Config, MeshConfig
 from maxsep.config.layouts import AXES
 from maxsep.parallel.layout import Layout
 
@@ -16,14 +16,22 @@ def make_mesh(config: Config) -> Mesh:
 
     Neighbouring devices, those of a process first, share the fastest links.
     """
-    needed, (stage, attention, expert) = config.mesh.devices, config.mesh.shape
+    needed = config.mesh.devices
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))[:needed]
     assert len(devices) == needed, "parallel.start has counted the devices"
-    if inner(config) == "expert":
-        grid = np.asarray(devices).reshape(stage, attention, expert)
-    else:
-        grid = np.asarray(devices).reshape(stage, expert, attention).swapaxes(1, 2)
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3)
+    return mesh_of(arranged(devices, config.mesh, inner(config)))
+
+
+def arranged(devices: Sequence, mesh: MeshConfig, inner: str) -> np.ndarray:
+    """Devices [stage, attention, expert], given in the order of their neighbourhood; `inner` is the innermost axis."""
+    if inner == "expert":
+        return np.asarray(devices).reshape(mesh.shape)
+    return np.asarray(devices).reshape(mesh.stage, mesh.expert, mesh.attention).swapaxes(1, 2)
+
+
+def mesh_of(devices: np.ndarray) -> Mesh:
+    """The mesh of devices [stage, attention, expert]."""
+    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def inner(config: Config) -> str:

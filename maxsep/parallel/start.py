@@ -36,19 +36,7 @@ def start(config: Config, fit_mesh: bool, training: bool = True, job: Job = ALON
             for the model's state.
     """
     job.at("starting JAX")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
-    # Simulated devices share the cores: one may wait minutes for the others. XLA's limit would kill the run.
-    _xla_flag("--xla_cpu_collective_call_terminate_timeout_seconds=600")
-    simulated = _number("JAX_NUM_CPU_DEVICES") or _simulated(config, fit_mesh, job)
-    _leave_a_thread_free(simulated)
-    if config.train.deterministic:
-        _xla_flag("--xla_gpu_deterministic_ops=true")
-
-    import jax
-
-    jax.config.update("jax_enable_x64", config.model.dtype == "float64")
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", simulated)
+    settle(config, _number("JAX_NUM_CPU_DEVICES") or _simulated(config, fit_mesh, job))
     if job.count > 1:
         _start_distributed(job)
 
@@ -71,6 +59,22 @@ def start(config: Config, fit_mesh: bool, training: bool = True, job: Job = ALON
         _keep_programs()
     _check_memory(config, devices[: config.mesh.devices], training, len(job.here) / job.count)
     return config
+
+
+def settle(config: Config, simulated: int) -> None:
+    """Sets what compiled programs depend on: XLA's flags and threads, JAX's types, the CPU devices to simulate."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
+    # Simulated devices share the cores: one may wait minutes for the others. XLA's limit would kill the run.
+    _xla_flag("--xla_cpu_collective_call_terminate_timeout_seconds=600")
+    _leave_a_thread_free(simulated)
+    if config.train.deterministic:
+        _xla_flag("--xla_gpu_deterministic_ops=true")
+
+    import jax
+
+    jax.config.update("jax_enable_x64", config.model.dtype == "float64")
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", simulated)
 
 
 def _devices() -> list:

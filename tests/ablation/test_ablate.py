@@ -12,8 +12,8 @@ from processes import QUICK, running
 from runs import SMALL
 
 from maxsep import ablate
-from maxsep.ablation import child
 from maxsep.ablation.session import Session
+from maxsep.cluster import child
 from maxsep.config import cli
 from maxsep.output.lock import Lock
 

@@ -15,11 +15,11 @@ from maxsep.cluster.signals import Stop
 CLEAR = "\x1b[2K"  # a terminal's line
 
 
-def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: Stop) -> int:
+def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: Stop, shown: bool = True) -> int:
     """Runs Python with the arguments `command` until it ends, and returns its status.
 
-    The command and its output go to `log`, on a terminal its last line is shown too. Where `stop` is asked, it is told
-    once.
+    The command and its output go to `log`; where it is `shown`, its last line goes to a terminal too. Where `stop` is
+    asked, it is told once.
     """
     with log.open("w", encoding="utf-8") as output:
         print("$ python", shlex.join(command), file=output, flush=True)
@@ -31,7 +31,7 @@ def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: St
             env=environment,
             process_group=0,  # a terminal's Ctrl-C comes to this program alone
         )
-    told, terminal = False, sys.stdout.isatty()
+    told, terminal = False, shown and sys.stdout.isatty()
     try:
         while child.poll() is None:
             if stop.asked and not told:

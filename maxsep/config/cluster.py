@@ -1,0 +1,124 @@
+"""Clusters to plan for: what one of their devices can do, and how fast devices reach each other.
+
+`configs/clusters/*.py` describe them, each with a `get_cluster()` that returns a `Cluster`.
+"""
+
+import re
+import runpy
+import traceback
+from dataclasses import dataclass, replace
+
+from maxsep.config import paths
+from maxsep.config.files import importable
+from maxsep.config.paths import REPOSITORY
+from maxsep.config.schema import ConfigError
+
+FOLDER = REPOSITORY / "configs" / "clusters"
+TAKES = "NAME:NODESxDEVICES, the devices being those of a node, as a100-80gb:4x4"
+PRECISIONS = ("bfloat16", "tf32", "float32", "float64")  # of matrix products
+MOST = 1 << 16  # devices
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What XLA asks about a GPU that it compiles for. All sizes are in bytes."""
+
+    name: str  # as the driver gives it
+    compute_capability: int  # the major number: 8 for Ampere, 9 for Hopper
+    accelerated_features: bool  # instructions of this generation alone: from Hopper on
+    cores: int  # streaming multiprocessors
+    fpus_per_core: int
+    shared_memory_per_core: int
+    shared_memory_per_block: int  # the most that a kernel can ask for
+    l2_cache: int
+    clock_ghz: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Like devices in `nodes` like nodes.
+
+    Rates are those of data sheets, per device. In a cluster of CPUs (`gpu` is None) the devices are simulated on this
+    machine; rates that are None are measured here.
+    """
+
+    gpu: Gpu | None
+    flops: dict[str, float] | None  # dense peak of matrix products, FLOP/s, by `PRECISIONS`; one left out: no such unit
+    memory_bytes: float | None
+    memory_bandwidth: float | None  # bytes/s
+    inside: float | None  # bytes/s to the devices of the node, in one direction
+    between: float | None  # bytes/s to other nodes, in one direction: a device's share of its node's network
+    watts: float | None  # power limit; None: unknown
+    nodes: int = 1
+    devices_per_node: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.devices_per_node
+
+
+def load_cluster(text: str) -> Cluster:
+    """The cluster that `TAKES` describes. NAME is a file of `configs/clusters`, without its ending, or any file's path.
+
+    Raises:
+        ConfigError: no such cluster, an error in its file, or no number of devices.
+    """
+    name, _, shape = text.rpartition(":")
+    sizes = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", shape.lower())
+    if sizes is None or not name:
+        raise ConfigError(f"--cluster: got {text!r}; takes {TAKES}")
+    nodes, devices = int(sizes[1]), int(sizes[2])
+    cluster = replace(_of_file(name), nodes=nodes, devices_per_node=devices)
+    if cluster.gpu is None and nodes > 1:
+        raise ConfigError(f"--cluster: got {text}; takes 1x{nodes * devices}, as CPU devices are simulated in one node")
+    if cluster.devices > MOST:
+        raise ConfigError(f"--cluster: got {text} = {cluster.devices} devices; takes at most {MOST}")
+    return cluster
+
+
+def _of_file(name: str) -> Cluster:
+    own = FOLDER / f"{name.lower().replace('-', '_')}.py"
+    path = own if own.is_file() else paths.named("--cluster", name)
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem.replace("_", "-") for path in FOLDER.glob("*.py")))
+        raise ConfigError(f"--cluster: got {name!r}; takes {known}, or a file like configs/clusters/h100.py")
+    importable(path)
+    try:
+        cluster = runpy.run_path(str(path))["get_cluster"]()
+    except Exception as e:  # the file is the user's program: whatever it raises is theirs to mend
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        what = "has no function get_cluster" if repr(e) == "KeyError('get_cluster')" else f"{type(e).__name__}: {e}"
+        raise ConfigError(f"--cluster: {where}: {what}") from e
+    if not isinstance(cluster, Cluster):
+        raise ConfigError(f"--cluster: {path}: get_cluster() returned {type(cluster).__name__}; takes a Cluster")
+    _check(str(path), cluster)
+    return cluster
+
+
+def _check(path: str, cluster: Cluster) -> None:
+    """Every rate is a positive number; only those of a CPU, and the power, may be None.
+
+    Raises:
+        ConfigError: which is not.
+    """
+
+    def need(field: str, value, optional: bool) -> None:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+        if not number and not (optional and value is None):
+            takes = "a number above 0" + (", or None" if optional else "")
+            raise ConfigError(f"--cluster: {path}: {field}: got {value!r}; takes {takes}")
+
+    if cluster.gpu is not None and not isinstance(cluster.gpu, Gpu):
+        raise ConfigError(f"--cluster: {path}: gpu: got {cluster.gpu!r}; takes a Gpu, or None for simulated devices")
+    simulated = cluster.gpu is None
+    for field in ("memory_bytes", "memory_bandwidth", "inside", "between"):
+        need(field, getattr(cluster, field), simulated)
+    need("watts", cluster.watts, True)
+    if cluster.flops is None and simulated:
+        return
+    if not isinstance(cluster.flops, dict) or not cluster.flops or set(cluster.flops) - set(PRECISIONS):
+        takes = f"a dict of FLOP/s by {', '.join(PRECISIONS)}"
+        raise ConfigError(f"--cluster: {path}: flops: got {cluster.flops!r}; takes {takes}")
+    for precision, rate in cluster.flops.items():
+        need(f"flops[{precision!r}]", rate, False)

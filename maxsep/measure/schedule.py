@@ -1,0 +1,166 @@
+"""A compiled program as the work of its steps, in the order in which a device runs them; without times.
+
+XLA has scheduled it: kernels run one after the other, and beside them what has been started and is waited for later.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from maxsep.measure import work
+from maxsep.measure.communication import role
+from maxsep.measure.hlo import Instruction, Module
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`flops`: of its matrix products, by type as `work.product` tells them. `moved`: bytes read and written."""
+
+    flops: dict[str, float]
+    moved: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`size`: bytes of its operands. `groups`: a row of `Schedule.groups`. `name`: what waits for it; None: all does.
+
+    `roles`: the share of each in the bytes, as XLA joins collectives of several.
+    """
+
+    kind: str
+    roles: dict[str, float]
+    size: int
+    groups: int
+    name: str | None
+
+
+@dataclass(frozen=True)
+class Wait:
+    """For the collective `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Loop:
+    trips: int
+    body: tuple["Step", ...]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """A pipeline's conditional: one branch is a stage's work, the other does nothing."""
+
+    branches: tuple[tuple["Step", ...], ...]
+
+
+Step = Kernel | Collective | Wait | Loop | Branches
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a program does in one call on each of its devices.
+
+    Args:
+        steps: in order.
+        groups: the partitions among which collectives send, a row each.
+        busy: share of a pipeline's ticks in which a stage has work.
+        unknown: what is not counted, by name, and how often it stands in the program: calls of libraries whose products
+            nobody has said, loops whose length depends on the data (counted as one turn).
+    """
+
+    steps: tuple[Step, ...]
+    groups: tuple[tuple[tuple[int, ...], ...], ...]
+    busy: float
+    unknown: dict[str, int]
+
+    def flops(self) -> Counter[str]:
+        """Of the matrix products of one device, on average over a pipeline's stages; by type."""
+
+        def of(steps: tuple[Step, ...]) -> Counter[str]:
+            total: Counter[str] = Counter()
+            for step in steps:
+                match step:
+                    case Kernel():
+                        total.update(step.flops)
+                    case Loop():
+                        total.update({kind: step.trips * count for kind, count in of(step.body).items()})
+                    case Branches():
+                        longest = max((of(branch) for branch in step.branches), key=Counter.total)
+                        total.update({kind: self.busy * count for kind, count in longest.items()})
+            return total
+
+        return of(self.steps)
+
+
+KINDS = {kind.__name__: kind for kind in (Kernel, Collective, Wait, Loop, Branches, Schedule)}
+
+
+def of(module: Module, busy: float = 1) -> Schedule:
+    """The schedule of a compiled program; `busy` is the share of a pipeline's ticks in which a stage has work."""
+    groups: dict[tuple, int] = {}
+    unknown: Counter[str] = Counter()
+    pending: set[str] = set()
+
+    def steps(name: str) -> tuple[Step, ...]:
+        return tuple(step for instruction in module.computations[name] for step in made(instruction))
+
+    def made(i: Instruction) -> Iterator[Step]:
+        if i.opcode == "while":
+            if i.trips is None:
+                unknown[f"loop whose length depends on the data ({i.path or i.name})"] += 1
+            yield Loop(1 if i.trips is None else i.trips, steps(i.body))
+        elif i.opcode == "conditional":
+            yield Branches(tuple(map(steps, i.called)))
+        elif i.opcode == "call":
+            yield from steps(i.called[0])
+        elif module.started(i).collective:
+            if module.devices(module.started(i)) > 1:
+                yield collective(module.started(i), i)
+        elif i.opcode.endswith("-done") and i.operands[0] in pending:
+            yield Wait(i.operands[0])
+        elif i.opcode not in work.FREE and not i.opcode.endswith(("-done", "-update")):
+            kernel = module.started(i)
+            if work.product(module, kernel) is None:
+                unknown[kernel.target] += 1
+            yield Kernel(dict(work.flops(module, kernel)), work.moved(module, kernel))
+
+    def collective(i: Instruction, start: Instruction) -> Collective:
+        sizes: Counter[str] = Counter()
+        for operand, path in zip(i.operands, i.paths, strict=True):
+            sizes[role(path)] += sum(array.bytes for array in module.arrays(operand))
+        total, among = sizes.total(), tuple(map(tuple, module.groups(i)))
+        shares = {of: size / total for of, size in sizes.items()}
+        later = start.opcode.endswith("-start") and not start.synchronous
+        if later:
+            pending.add(start.name)
+        number = groups.setdefault(among, len(groups))
+        return Collective(i.collective, shares, total, number, start.name if later else None)
+
+    return Schedule(steps(module.entry), tuple(groups), busy, dict(unknown))
+
+
+def to_json(part: Any) -> Any:
+    """A schedule, or a part of it, as dicts and lists; what was a dataclass tells its kind."""
+    match part:
+        case dict():
+            return {name: to_json(value) for name, value in part.items()}
+        case tuple():
+            return [to_json(value) for value in part]
+        case _ if dataclasses.is_dataclass(part):
+            return {"is": type(part).__name__} | {name: to_json(value) for name, value in vars(part).items()}
+    return part
+
+
+def from_json(part: Any) -> Any:
+    """The inverse of `to_json`, also after a way through text."""
+    match part:
+        case {"is": kind, **values}:
+            return KINDS[kind](**{name: from_json(value) for name, value in values.items()})
+        case dict():
+            return {name: from_json(value) for name, value in part.items()}
+        case list():
+            return tuple(map(from_json, part))
+    return part

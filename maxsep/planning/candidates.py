@@ -1,0 +1,81 @@
+"""Which layouts and meshes to plan for: all that a cluster's devices allow, or those asked for."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from maxsep.config import Config, ConfigError, MeshConfig, runs
+from maxsep.config.layouts import AXES, LAYOUTS, row
+from maxsep.config.validate import validate
+
+
+def asked(named: Sequence[str], config: Config, devices: int) -> list[Config]:
+    """The config on each of the runs that are written as `runs.TAKES` says.
+
+    Raises:
+        ConfigError: one is mistyped, is there twice, does not fit the config, or has another number of devices.
+    """
+    found: list[Config] = []
+    for run in named:
+        layout, mesh = runs.parse(run.strip(), config.mesh)
+        made = replace(config, layout=layout, mesh=mesh)
+        if made in found:
+            raise ConfigError(f"--runs: got {runs.name(layout, mesh)} twice; takes each once")
+        try:
+            validate(made)
+        except ConfigError as e:
+            raise ConfigError(f"--runs: {run}: {e}") from e
+        if mesh.devices != devices:
+            raise ConfigError(f"--runs: got {run} = {mesh.devices} devices; takes all {devices} of --cluster")
+        found.append(made)
+    if not found:
+        raise ConfigError(f"--runs: none given; takes {runs.TAKES}")
+    return found
+
+
+def every(config: Config, devices: int) -> list[Config]:
+    """The config under each layout, on each mesh of so many devices that it allows; each program once.
+
+    Layouts are those of the table, and the config's own. Only those that split layers have stages.
+
+    Raises:
+        ConfigError: there is none; with what the last one that was tried would take.
+    """
+    found: dict[tuple, Config] = {}
+    refusal: ConfigError | None = None
+    for layout in dict.fromkeys([*LAYOUTS, config.layout]):
+        for shape in _shapes(devices, staged="stage" in row(layout).get("l", ())):
+            mesh = replace(config.mesh, **dict(zip(AXES, shape, strict=True)))
+            made = replace(config, layout=layout, mesh=mesh)
+            try:
+                validate(made)
+            except ConfigError as e:
+                refusal = e
+                continue
+            found.setdefault(_program(layout, mesh), made)
+    if not found:
+        raise ConfigError(
+            f"--cluster: no layout and mesh of {devices} devices divides this config; the last: {refusal}"
+        )
+    return list(found.values())
+
+
+def _shapes(devices: int, staged: bool) -> Iterator[tuple[int, int, int]]:
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    for stage, attention in itertools.product(divisors, repeat=2):
+        if devices % (stage * attention) == 0 and (stage > 1) == staged:
+            yield stage, attention, devices // (stage * attention)
+
+
+def _program(layout: str, mesh: MeshConfig) -> tuple:
+    """What is the same of two layouts on meshes whose programs are: by how many devices which letters are split.
+
+    An axis of size 1 splits nothing, and axes that split the same letters are as one.
+    """
+    axes: Counter[str] = Counter()
+    for axis, size in mesh.sizes.items():
+        letters = "".join(sorted(letter for letter, split in row(layout).items() if axis in split))
+        if size > 1:
+            axes[letters] = size * (axes[letters] or 1)
+    return tuple(sorted(axes.items()))

@@ -1,0 +1,87 @@
+"""The compilations of a plan: those that are kept are read, the others made, each in a process of its own."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from maxsep.cluster import child
+from maxsep.cluster.signals import Stop
+from maxsep.config import Config, cli, runs
+from maxsep.config.cluster import Cluster
+from maxsep.planning import compilation, kept, target
+
+
+def compile_all(
+    configs: list[Config],
+    ids: int | None,
+    cluster: Cluster,
+    versions: dict[str, str],
+    store: kept.Kept,
+    jobs: int,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """What `compilation.compiled` finds of each config; of one that does not compile, only an `error`.
+
+    Args:
+        configs: checked, one for each layout and mesh.
+        ids: number of the tokenizer's ids; None: not known, all of the vocabulary.
+        cluster: to compile for.
+        versions: of what compiles for GPUs.
+        store: what has been found before, and where the rest goes as it comes.
+        jobs: how many to compile at a time.
+        say: takes a line of progress.
+
+    Raises:
+        cli.Exit: a signal has stopped it.
+        ConfigError: what was found cannot be kept.
+    """
+    cudnn = next((version for name, version in versions.items() if "cudnn" in name), None)
+    asked = [compilation.job(config, ids, cluster, cudnn) for config in configs]
+    keys = [kept.key(job, versions) for job in asked]
+    found = [store.read(key) for key in keys]
+    missing = [at for at, facts in enumerate(found) if facts is None]
+    if not missing:
+        return found
+    say(f"compiling {len(missing)} of {len(configs)} programs, {jobs} at a time; stopped, the same command resumes")
+    began = time.monotonic()
+    # Leaving the pool waits for the processes, which `stop` ends.
+    with Stop() as stop, tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
+        work = {pool.submit(_compile, asked[at], Path(scratch, str(at)), stop): at for at in missing}
+        try:
+            for done, future in enumerate(as_completed(work), 1):
+                if stop.asked:
+                    break
+                at, facts = work[future], future.result()
+                found[at] = facts
+                if not facts.get("killed"):
+                    store.write(keys[at], facts)
+                name = runs.name(configs[at].layout, configs[at].mesh)
+                told = facts.get("error") or f"{facts['memory']['total'] / 1e9:.1f} GB a device"
+                say(f"[{done}/{len(missing)}, {time.monotonic() - began:.0f} s] {name}: {told}")
+        except BaseException:
+            stop.asked = "an error"
+            raise
+    if stop.asked:
+        raise cli.Exit(cli.STOPPED, f"{stop.asked}: stopped; the same command resumes")
+    return found
+
+
+def _compile(job: dict[str, Any], scratch: Path, stop: Stop) -> dict[str, Any]:
+    if stop.asked:  # before it has begun
+        return {}
+    named, out, log = (scratch.with_suffix(suffix) for suffix in (".job", ".out", ".log"))
+    named.write_text(json.dumps(job), encoding="utf-8")
+    environment = os.environ | (target.ENVIRONMENT if job["cluster"]["gpu"] else {"JAX_PLATFORMS": "cpu"})
+    # Of a program from JAX's own cache XLA tells nothing.
+    environment |= {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment.pop("JAX_NUM_CPU_DEVICES", None)
+    command = ["-m", "maxsep.planning.compilation", str(named), str(out)]
+    status = child.run(command, log, environment, stop, shown=False)
+    if status == cli.DONE:
+        return json.loads(out.read_text(encoding="utf-8"))
+    return {"error": f"{child.why(log)} ({child.ended(status)})", "killed": status < 0}

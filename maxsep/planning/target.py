@@ -1,0 +1,90 @@
+"""The devices of a cluster that is not there, as XLA's compiler takes them."""
+
+from importlib import metadata
+
+from maxsep.config import ConfigError
+from maxsep.config.cluster import Cluster
+
+# Only the machine's own autotuner could choose kernels; and no kernel will run, so their code need not be good. The
+# program, its memory and its schedule are the same.
+OPTIONS = {
+    "xla_gpu_autotune_level": 0,
+    "xla_backend_optimization_level": 0,
+    "xla_gpu_disable_gpuasm_optimizations": True,
+}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+INSTALL = "pip install -c constraints.txt -e '.[cuda]'"
+
+
+def cuda_versions() -> dict[str, str]:
+    """What compiles for NVIDIA GPUs, by distribution: JAX's plugin, and cuDNN.
+
+    Raises:
+        ConfigError: the extra `cuda` is missing, or of another version than JAX.
+    """
+    for cuda in (12, 13):
+        plugin, cudnn = f"jax-cuda{cuda}-pjrt", f"nvidia-cudnn-cu{cuda}"
+        found = {name: version for name in (plugin, cudnn) if (version := _version(name))}
+        if plugin not in found:
+            continue
+        if found[plugin] != _version("jaxlib"):
+            got = f"got {plugin} {found[plugin]} beside jaxlib {_version('jaxlib')}"
+            raise ConfigError(f"--cluster: {got}; takes the same version: {INSTALL}")
+        if cudnn not in found:
+            raise ConfigError(f"--cluster: {plugin} is here without {cudnn}; takes the extra cuda: {INSTALL}")
+        return found
+    raise ConfigError(f"--cluster: to compile for GPUs takes the extra cuda, which is not installed: {INSTALL}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def topology(cluster: Cluster) -> str:
+    """The cluster's shape, as JAX's CUDA plugin takes it: slices, nodes, devices of a node."""
+    return f"1x{cluster.nodes}x{cluster.devices_per_node}"
+
+
+def description(cluster: Cluster, cudnn: str) -> str:
+    """The cluster's GPU as a GpuTargetConfig of XLA (xla/stream_executor/device_description.proto), in protobuf text.
+
+    Args:
+        cluster: of GPUs.
+        cudnn: version of cuDNN, from three numbers on.
+    """
+    gpu = cluster.gpu
+    feature = "ACCELERATED_FEATURES" if gpu.accelerated_features else "NONE"
+    major, minor, patch = cudnn.split(".")[:3]
+    return f"""
+gpu_device_info {{
+  name: "{gpu.name}"
+  cuda_compute_capability {{ major: {gpu.compute_capability} feature_extension: {feature} }}
+  core_count: {gpu.cores}
+  fpus_per_core: {gpu.fpus_per_core}
+  shared_memory_per_core: {gpu.shared_memory_per_core}
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {gpu.shared_memory_per_block}
+  l2_cache_size: {gpu.l2_cache}
+  clock_rate_ghz: {gpu.clock_ghz}
+  memory_bandwidth: {int(cluster.memory_bandwidth)}
+  device_memory_size: {int(cluster.memory_bytes)}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  dnn_version: "{major}.{minor}.{patch}"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {major} minor: {minor} patch: {patch} }}
+device_description_str: "{gpu.name}"
+"""
