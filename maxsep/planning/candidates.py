@@ -55,9 +55,8 @@ def every(config: Config, devices: int) -> list[Config]:
                 continue
             found.setdefault(_program(layout, mesh), made)
     if not found:
-        raise ConfigError(
-            f"--cluster: no layout and mesh of {devices} devices divides this config; the last: {refusal}"
-        )
+        takes = "a number of devices over which some layout can split this config"
+        raise ConfigError(f"--cluster: got {devices} devices; takes {takes}; the last that was tried: {refusal}")
     return list(found.values())
 
 

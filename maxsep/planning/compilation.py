@@ -75,7 +75,7 @@ def _devices(cluster: Cluster, cudnn: str | None) -> list:
     from jax.experimental import topologies
 
     if cluster.gpu is None:
-        return jax.devices()
+        return jax.devices()[: cluster.devices]
     text = target.description(cluster, cudnn)
     found = topologies.get_topology_desc(platform="cuda", target_config=text, topology=target.topology(cluster))
     return sorted(found.devices, key=lambda device: device.id)

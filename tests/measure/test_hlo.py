@@ -17,25 +17,31 @@ def collective(attributes: str) -> tuple[hlo.Module, hlo.Instruction]:
 
 
 @pytest.mark.parametrize(
-    "attributes, devices",
+    "attributes, groups",
     [
-        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
-        ("replica_groups={{0},{1},{2}}", 1),
-        ("replica_groups={}", 8),
-        ("replica_groups=[2,4]<=[8]", 4),
-        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
-        ("replica_groups=mesh['stage'=1,'attention'=4,'expert'=2] {'attention','expert'}", 8),
-        ("replica_groups=mesh['stage'=1,'attention'=4,'expert'=2] {'stage'}", 1),
-        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", 4),
-        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", 2),
-        ("source_target_pairs={{0,0},{1,2}}", 2),
-        ("replica_groups={{0},{1,2,3},{4,5}}", 3),
-        ("source_target_pairs={{0,0},{1,1}}", 1),
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups={{0},{1,2,3},{4,5}}", [[0], [1, 2, 3], [4, 5]]),
+        ("replica_groups={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        (
+            "replica_groups=mesh['stage'=1,'attention'=4,'expert'=2] {'attention','expert'}",
+            [[0, 1, 2, 3, 4, 5, 6, 7]],
+        ),
+        ("replica_groups=mesh['stage'=1,'attention'=4,'expert'=2] {'attention'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['stage'=1,'attention'=2,'expert'=2] {'stage'}", [[0], [1], [2], [3]]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("source_target_pairs={{0,0},{1,2}}", [[1, 2]]),
+        ("source_target_pairs={{0,0},{1,1}}", []),
     ],
 )
-def test_a_collective_has_so_many_devices(attributes, devices):
+def test_a_collective_has_these_groups(attributes, groups):
     module, instruction = collective(attributes)
-    assert module.devices(instruction) == devices
+    assert module.groups(instruction) == groups
+    assert module.devices(instruction) == max(map(len, groups), default=1)
 
 
 def test_a_line_is_taken_apart():

@@ -1,0 +1,88 @@
+"""A compiled program as work in order: loops, branches, and what runs beside kernels."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from programs import optimised
+from small import config
+
+from maxsep.measure import hlo, program, schedule
+from maxsep.measure.schedule import Branches, Collective, Kernel, Loop, Schedule, Wait
+from maxsep.parallel.mesh import make_mesh
+from maxsep.training.run import Run
+
+HEAD = "HloModule m, num_partitions=4\n\n"
+BODY = """%wrapped (p: f32[8]) -> f32[32] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %g.1 = f32[32]{0} all-gather(%p), replica_groups=[2,2]<=[4], dimensions={0}, metadata={op_name="jit(f)/head/x"}
+}
+"""
+GROUPS = "replica_groups=[2,2]<=[4]"
+START = f"""  %s = ((f32[8]), f32[32]) all-gather-start(%x), {GROUPS}, metadata={{op_name="jit(f)/head/x"}}\n"""
+PAIR = "  %s = ((f32[8]), f32[32]) async-start(%x), calls=%wrapped\n"
+
+
+def parsed(start: str, done: str) -> Schedule:
+    text = f"""{HEAD}{BODY}
+ENTRY %main (x: f32[8]) -> f32[32] {{
+  %x = f32[8]{{0}} parameter(0)
+{start}  %k = f32[8]{{0}} negate(%x)
+  %d = f32[32]{{0}} {done}(%s)
+  ROOT %r = f32[32]{{0}} add(%d, %d)
+}}
+"""
+    return schedule.of(hlo.parse(text))
+
+
+@pytest.mark.parametrize("form", [(START, "all-gather-done"), (PAIR, "async-done")], ids=["sugared", "wrapped"])
+def test_an_asynchronous_collective_runs_until_it_is_waited_for(form):
+    gather = Collective("all-gather", {"embedding, head": 1.0}, 32, 0, "s")
+    found = parsed(*form)
+    assert found.steps == (gather, Kernel({}, 64), Wait("s"), Kernel({}, 3 * 128))
+    assert found.groups == (((0, 1), (2, 3)),)
+
+
+def test_one_that_xla_calls_synchronous_is():
+    start = START.replace(" metadata", ' backend_config={"collective_backend_config":{"is_sync":true}}, metadata')
+    found = parsed(start, "all-gather-done")
+    assert [step.name for step in found.steps if isinstance(step, Collective)] == [None]
+    assert not any(isinstance(step, Wait) for step in found.steps)
+
+
+def test_what_cannot_be_counted_is_named():
+    def f(x, n):
+        return jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
+
+    found = schedule.of(optimised(jax.jit(f).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32), 3)))
+    assert found.flops() == {"f32": 2 * 8**3}, "one turn"
+    assert [name.startswith("loop whose length depends on the data") for name in found.unknown] == [True]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> tuple[hlo.Module, float]:
+    c = config((2, 1, 2), "pp", train={"batch_size": 8, "accumulation": 4}, model={"capacity_factor": 1.0})
+    with jax.set_mesh(make_mesh(c)):
+        run = Run(c)
+        return optimised(run.lower_train_step()), 1 - run.bubble
+
+
+def test_a_stage_that_waits_does_no_work(pipeline):
+    module, busy = pipeline
+    found = schedule.of(module, busy)
+    assert busy == 4 / 5
+    assert found.flops().total() == pytest.approx(program.products(module, busy))
+
+    def kinds(steps):
+        for step in steps:
+            yield type(step)
+            for inner in {Loop: lambda s: [s.body], Branches: lambda s: s.branches}.get(type(step), lambda s: [])(step):
+                yield from kinds(inner)
+
+    assert {Loop, Branches, Kernel, Collective} <= set(kinds(found.steps))
+
+
+def test_a_schedule_survives_json(pipeline):
+    found = schedule.of(*pipeline)
+    assert schedule.from_json(json.loads(json.dumps(schedule.to_json(found)))) == found
