@@ -48,15 +48,13 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
     with jax.set_mesh(mesh.mesh_of(mesh.arranged(devices, config.mesh, "expert"))), tempfile.TemporaryDirectory() as d:
         run = Run(config, end_of_text=0, ids=ids)  # any id: what it costs does not depend on it
         options = {"xla_dump_to": d, "xla_dump_hlo_as_text": True} | (target.OPTIONS if cluster.gpu else {})
-        made = run.lower_train_step().compile(compiler_options=options)
+        run.lower_train_step().compile(compiler_options=options)
         module, plan = buffers.read(Path(d))
-    sizes = made.memory_analysis()
-    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     near = cluster.devices_per_node
     ids = range(cluster.devices)
     orders = {inner: mesh.arranged(ids, config.mesh, inner).ravel() for inner in ("attention", "expert")}
     return {
-        "memory": buffers.by_kind(module, plan, run.abstract_state) | {"total": total + sizes.temp_size_in_bytes},
+        "memory": buffers.by_kind(module, plan, run.abstract_state) | {"total": plan.peak},
         "schedule": schedule.to_json(schedule.of(module, 1 - run.bubble)),
         "inner": mesh.inner(config),
         "nodes": {inner: [int(device) // near for device in order] for inner, order in orders.items()},

@@ -137,13 +137,13 @@ def best(rows: Sequence[dict[str, Any]], cluster: Cluster) -> tuple[str | None, 
     first = fitting[0]
     others = [row for row in fitting if row["name"] != first["name"]]
     if not others:
-        return first["name"], f"{first['name']} is the only one that fits, with {limit(first)}."
+        return first["name"], f"{first['name']} is the only one that fits."
     second = others[0]
     parts = {name: second[f"{key}_seconds"] - first[f"{key}_seconds"] for name, key in PARTS.items()}
     part = max(parts, key=parts.get)
     ours, theirs = (row[f"{PARTS[part]}_seconds"] for row in (first, second))
     gain = second["step_seconds"] / first["step_seconds"] - 1
-    why = f"{part} {'takes' if part != 'products' else 'take'} {ours:.3g} s a step instead of {theirs:.3g} s"
+    why = f"{ours:.3g} s of {part} in a step, not {theirs:.3g} s"
     return first["name"], f"{first['name']} is {gain:.1%} faster than {second['name']}, the next that fits: {why}."
 
 

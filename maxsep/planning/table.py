@@ -32,8 +32,8 @@ def _needs(rows: Sequence[dict[str, Any]], best: str | None, cluster: Cluster) -
     for row in rows:
         fits = "yes" if row["memory_fits_default_pool"] else f"{LARGER_POOL:.0%}" if row["fits"] else "no"
         marked = row["name"] + (" *" if row is rows[0] and best else "")
-        speeds = [_range(row, "step_seconds", ".3g"), _range(row, "tokens_per_second_per_device", ",.0f")]
-        speeds += [_range(row, "mfu", ".0f", 100), _range(row, "energy_joules_per_token", ".3g", 1e3)]
+        speeds = [_range(row, "step_seconds"), _range(row, "tokens_per_second_per_device", ",.0f")]
+        speeds += [_range(row, "mfu", ".0f", 100), _range(row, "energy_joules_per_token", unit=1e3)]
         cells.append((marked, row["inner"], _giga(row["memory_bytes"]["total"]), fits, *speeds, limit(row)))
     lines = columns([head, *cells])
     room = f"A device has {cluster.memory_bytes / 1e9:.1f} GB"
@@ -59,7 +59,7 @@ def _times(rows: Sequence[dict[str, Any]]) -> list[str]:
         parts = [row[f"{part}_seconds"] for part in ("products", "memory", "exposed")]
         sent = [_giga(row["link_bytes"][link]) for link in ("inside", "between")]
         counted = f"{row['flops'] / 1e12:,.4g}", f"{row['flops'] / row['model_flops']:.2f}"
-        seconds = [f"{value:.3g}" for value in (*parts, *links)]
+        seconds = [_three(value) for value in (*parts, *links)]
         cells.append((row["name"], row["inner"], *seconds, *sent, *counted, f"{row['bubble']:.1%}"))
     lines = columns([(*head, "GB inside", "GB between", "TFLOP", "x model's", "bubble"), *cells])
     lines += [
@@ -80,18 +80,24 @@ def _detail(row: dict[str, Any]) -> list[str]:
     for one in sorted(row["collectives"], key=lambda one: -one["inside_seconds"] - one["between_seconds"]):
         seconds = (one["inside_seconds"], one["between_seconds"], one["exposed_seconds"])
         kind = one["kind"] + (", ahead" if one["asynchronous"] else "")
-        figures = [f"{one['times']:,.0f}", _giga(one["operand_bytes"]), *(f"{value:.3f}" for value in seconds)]
+        figures = [f"{one['times']:,.0f}", _giga(one["operand_bytes"]), *map(_three, seconds)]
         cells.append((one["role"], kind, *figures))
     return [*lines, "", *columns([head, *cells])] if cells else lines
 
 
-def _range(row: dict[str, Any], name: str, form: str, unit: float = 1) -> str:
+def _range(row: dict[str, Any], name: str, form: str | None = None, unit: float = 1) -> str:
     """From the lower figure to the higher."""
     if row[name] is None:
         return "unknown"
-    low, high = sorted(value * unit for value in row["ranges"][name])
-    return f"{low:{form}}–{high:{form}}"
+    return "–".join(
+        f"{value:{form}}" if form else _three(value) for value in sorted(x * unit for x in row["ranges"][name])
+    )
+
+
+def _three(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value >= 1e-3 else f"{value:.3f}"
 
 
 def _giga(size: float) -> str:
-    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.3f}"
+    return f"{size / 1e9:,.1f}" if size >= 1e9 else f"{size / 1e9:.3f}"

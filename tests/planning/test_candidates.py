@@ -36,7 +36,7 @@ def test_a_row_of_ones_own_is_planned_too():
 
 
 def test_what_no_layout_divides_is_refused():
-    with pytest.raises(ConfigError, match="--cluster: got 7 devices; takes .*: mesh: got attention 7; takes"):
+    with pytest.raises(ConfigError, match=r"--cluster: got 7 devices; takes .*: mesh: got attention 7; takes"):
         candidates.every(config(), 7)
 
 
