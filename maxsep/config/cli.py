@@ -119,7 +119,7 @@ def answer(error: BaseException) -> int:
     if lost is not None:
         error = Exit(SAVE_FAILED, f"standard output: {lost.strerror}")
     status, message = outcome(error)
-    if status == CRASHED:
+    if status == CRASHED and not isinstance(error, Exit):
         traceback.print_exception(error)
     elif message:
         print("error:", message, file=sys.stderr, flush=True)

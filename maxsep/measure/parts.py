@@ -38,10 +38,15 @@ def parts_of(module: hlo.Module) -> dict[str, str]:
     def part(instruction: hlo.Instruction) -> str:
         if instruction.collective:
             return COMMUNICATION + role((instruction.paths or [instruction.path])[0])
-        scopes = _SCOPE.findall(instruction.path)
-        return scopes[-1] if scopes else "other"
+        return part_of(instruction.path)
 
     return {name: part(one) for name, one in module.by_name.items() if one.opcode not in _CONTROL}
+
+
+def part_of(path: str) -> str:
+    """The innermost of `PARTS` among the scopes of a path; `other` where there is none."""
+    scopes = _SCOPE.findall(path)
+    return scopes[-1] if scopes else "other"
 
 
 def measure(step: Callable[[], object], module: hlo.Module, steps: int = 2) -> dict[str, float]:

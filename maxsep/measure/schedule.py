@@ -12,6 +12,7 @@ from typing import Any
 from maxsep.measure import work
 from maxsep.measure.communication import role
 from maxsep.measure.hlo import Instruction, Module
+from maxsep.measure.parts import part_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def of(module: Module, busy: float = 1) -> Schedule:
     def made(i: Instruction) -> Iterator[Step]:
         if i.opcode == "while":
             if i.trips is None:
-                unknown[f"loop whose length depends on the data ({i.path or i.name})"] += 1
+                unknown[f"a loop whose length depends on the data, in {part_of(i.path)}"] += 1
             yield Loop(1 if i.trips is None else i.trips, steps(i.body))
         elif i.opcode == "conditional":
             yield Branches(tuple(map(steps, i.called)))

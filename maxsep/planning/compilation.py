@@ -91,4 +91,4 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except Exception as e:
-        sys.exit(f"error: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+        sys.exit(f"error: {type(e).__name__}: {' '.join(str(e).split())[:200]}")

@@ -14,6 +14,7 @@ from maxsep.cluster.signals import Stop
 from maxsep.config import Config, cli, runs
 from maxsep.config.cluster import Cluster
 from maxsep.planning import compilation, kept, target
+from maxsep.planning.table import giga
 
 
 def compile_all(
@@ -54,14 +55,14 @@ def compile_all(
         work = {pool.submit(_compile, asked[at], Path(scratch, str(at)), stop): at for at in missing}
         try:
             for done, future in enumerate(as_completed(work), 1):
-                if stop.asked:
-                    break
                 at, facts = work[future], future.result()
+                if facts is None or (stop.asked and facts.get("killed")):
+                    continue
                 found[at] = facts
                 if not facts.get("killed"):
                     store.write(keys[at], facts)
                 name = runs.name(configs[at].layout, configs[at].mesh)
-                told = facts.get("error") or f"{facts['memory']['total'] / 1e9:.1f} GB a device"
+                told = facts.get("error") or f"{giga(facts['memory']['total'])} GB per device"
                 say(f"[{done}/{len(missing)}, {time.monotonic() - began:.0f} s] {name}: {told}")
         except BaseException:
             stop.asked = "an error"
@@ -71,9 +72,10 @@ def compile_all(
     return found
 
 
-def _compile(job: dict[str, Any], scratch: Path, stop: Stop) -> dict[str, Any]:
-    if stop.asked:  # before it has begun
-        return {}
+def _compile(job: dict[str, Any], scratch: Path, stop: Stop) -> dict[str, Any] | None:
+    """None: it was stopped before it had begun."""
+    if stop.asked:
+        return None
     named, out, log = (scratch.with_suffix(suffix) for suffix in (".job", ".out", ".log"))
     named.write_text(json.dumps(job), encoding="utf-8")
     environment = os.environ | (target.ENVIRONMENT if job["cluster"]["gpu"] else {"JAX_PLATFORMS": "cpu"})

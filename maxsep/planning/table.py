@@ -34,7 +34,7 @@ def _needs(rows: Sequence[dict[str, Any]], best: str | None, cluster: Cluster) -
         marked = row["name"] + (" *" if row is rows[0] and best else "")
         speeds = [_range(row, "step_seconds"), _range(row, "tokens_per_second_per_device", ",.0f")]
         speeds += [_range(row, "mfu", ".0f", 100), _range(row, "energy_joules_per_token", unit=1e3)]
-        cells.append((marked, row["inner"], _giga(row["memory_bytes"]["total"]), fits, *speeds, limit(row)))
+        cells.append((marked, row["inner"], giga(row["memory_bytes"]["total"]), fits, *speeds, limit(row)))
     lines = columns([head, *cells])
     room = f"A device has {cluster.memory_bytes / 1e9:.1f} GB"
     if cluster.gpu:
@@ -57,7 +57,7 @@ def _times(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         links = [row["link_seconds"][link] for link in ("inside", "between")]
         parts = [row[f"{part}_seconds"] for part in ("products", "memory", "exposed")]
-        sent = [_giga(row["link_bytes"][link]) for link in ("inside", "between")]
+        sent = [giga(row["link_bytes"][link]) for link in ("inside", "between")]
         counted = f"{row['flops'] / 1e12:,.4g}", f"{row['flops'] / row['model_flops']:.2f}"
         seconds = [_three(value) for value in (*parts, *links)]
         cells.append((row["name"], row["inner"], *seconds, *sent, *counted, f"{row['bubble']:.1%}"))
@@ -68,19 +68,20 @@ def _times(rows: Sequence[dict[str, Any]]) -> list[str]:
         "inside, between: what collectives take on the links of a node and between nodes, covered or not.",
     ]
     unknown = sorted({name for row in rows for name in row["not_priced"]})
-    return lines + [f"not priced, missing in products and TFLOP: {name}" for name in unknown]
+    return lines + [f"not priced: {name}" + (" (one turn is)" if "loop" in name else "") for name in unknown]
 
 
 def _detail(row: dict[str, Any]) -> list[str]:
     kinds = sorted(row["memory_bytes"].items(), key=lambda item: -item[1])
-    shown = [(kind, f"{size / 1e9:.2f}") for kind, size in kinds if size >= 5e6 and kind != "total"]
+    total = row["memory_bytes"]["total"]
+    shown = [(kind, giga(size)) for kind, size in kinds if size >= total / 1000 and kind != "total"]
     lines = columns([(f"{row['name']}: memory", "GB"), *shown])
     head = (f"{row['name']}: collectives", "kind", "times", "GB", "s inside", "s between", "s exposed")
     cells = []
     for one in sorted(row["collectives"], key=lambda one: -one["inside_seconds"] - one["between_seconds"]):
         seconds = (one["inside_seconds"], one["between_seconds"], one["exposed_seconds"])
         kind = one["kind"] + (", ahead" if one["asynchronous"] else "")
-        figures = [f"{one['times']:,.0f}", _giga(one["operand_bytes"]), *map(_three, seconds)]
+        figures = [f"{one['times']:,.0f}", giga(one["operand_bytes"]), *map(_three, seconds)]
         cells.append((one["role"], kind, *figures))
     return [*lines, "", *columns([head, *cells])] if cells else lines
 
@@ -99,5 +100,6 @@ def _three(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value >= 1e-3 else f"{value:.3f}"
 
 
-def _giga(size: float) -> str:
-    return f"{size / 1e9:,.1f}" if size >= 1e9 else f"{size / 1e9:.3f}"
+def giga(size: float) -> str:
+    """In GB, of 1e9 bytes."""
+    return f"{size / 1e9:,.1f}" if size >= 1e9 else f"{size / 1e9:.2g}" if size >= 1e5 else "0"

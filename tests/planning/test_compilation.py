@@ -95,6 +95,7 @@ def is_that_of_train_py(c: Config) -> None:
     assert facts["schedule"] == schedule.to_json(schedule.of(hlo.parse(made.as_text()), 1 - run.bubble))
 
 
+@pytest.mark.slow
 def test_the_program_is_that_of_train_py():
     is_that_of_train_py(config(DEVICES, model=MODEL))
 
