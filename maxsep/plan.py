@@ -12,6 +12,7 @@ machine), or a file like configs/clusters/h100.py. GPUs take the extra cuda. Wha
 command resumes where it was stopped, and answers at once when all is there.
 """
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -48,8 +49,10 @@ def main(args: cli.Args, argv: list[str]) -> None:
     out = options.json and paths.to_write("--json", options.json)
     shared = cli.config_arguments(argv)
     runs.check_free(shared)
-    asked = options.runs is not None
-    configs = (candidates.asked if asked else candidates.every)(*([options.runs] * asked), config, cluster.devices)
+    if options.runs is None:
+        configs = candidates.every(config, cluster.devices)
+    else:
+        configs = candidates.asked(options.runs, config, cluster.devices)
     versions = target.cuda_versions() if cluster.gpu else {}
     store = Kept(_cache(options.cache))
     jobs = options.jobs or max(1, cores() // 2)
@@ -57,21 +60,21 @@ def main(args: cli.Args, argv: list[str]) -> None:
 
     cluster = cluster if cluster.gpu else simulated.measured(cluster, config.model.dtype)
     made = rows.of(configs, found, cluster)
-    best, reason = rows.best(made, cluster)
+    best, reason = rows.best(made)
     device = cluster.gpu.name if cluster.gpu else "simulated CPU device"
     shape = f"{cluster.nodes} nodes of {cluster.devices_per_node}" if cluster.nodes > 1 else "one node"
     print(f"{config.name} on {options.cluster}: {cluster.devices} x {device}, {shape}\n")
     print("\n".join([*table.text(made, best, cluster), "", reason]))
     if best:
-        print(f"train it: {shlex.join(['python', 'train.py', *shared, *made[0]['flags']])}")
+        print(f"train it: {shlex.join(['python', 'train.py', *shared, *best.flags])}")
     if out:
-        plan = {"config": config.name, "cluster": options.cluster, "layouts": made, "best": best, "reason": reason}
+        plan = {"config": config.name, "cluster": options.cluster, "layouts": [dataclasses.asdict(row) for row in made]}
         try:
-            write_json(Path(out), plan | {"source": rows.SOURCE})
+            write_json(out, plan | {"best": best and best.name, "reason": reason, "source": rows.SOURCE})
         except OSError as e:
             raise ConfigError(f"--json: cannot write {options.json}: {e.strerror}") from e
-    if all(row["error"] for row in made):
-        raise cli.Exit(cli.CRASHED, f"no layout compiled; the first: {made[0]['error']}")
+    if all(row.error for row in made):
+        raise cli.Exit(cli.CRASHED, f"no layout compiled; the first: {made[0].error}")
 
 
 def _ids(config: Config) -> int | None:

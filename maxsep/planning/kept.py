@@ -14,6 +14,11 @@ from maxsep.output.durable import write_json
 from maxsep.parallel.start import cores
 from maxsep.planning import target
 
+SOURCE = (
+    *(f"{package}/*.py" for package in ("config", "measure", "model", "parallel", "training")),
+    "planning/compilation.py",
+    "planning/target.py",
+)
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -49,9 +54,9 @@ def _this_machine() -> dict[str, Any]:
 
 @functools.cache
 def _source() -> str:
-    """A hash of the package."""
+    """A hash of the source that makes a program, and of what reads it."""
     root, found = paths.REPOSITORY / "maxsep", hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for pattern in SOURCE for path in root.glob(pattern)):
         found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return found.hexdigest()
 

@@ -1,97 +1,95 @@
 """A plan as tables for people."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from maxsep.config.cluster import Cluster
 from maxsep.measure.report import columns
-from maxsep.planning.rows import DEFAULT_POOL, LARGER_POOL, REACHED, limit
+from maxsep.planning.rows import DEFAULT_POOL, LARGER_POOL, REACHED, Row, largest_part
 
 
-def text(rows: Sequence[dict[str, Any]], best: str | None, cluster: Cluster) -> list[str]:
+def text(rows: Sequence[Row], best: Row | None, cluster: Cluster) -> list[str]:
     """The lines: what each row needs and takes, where its time goes, and the first row in detail.
 
     Args:
         rows: sorted, as `rows.of` makes them.
-        best: the name of the row to mark; None: none fits.
+        best: the row to mark; None: none fits.
         cluster: with all its rates.
     """
-    good = [row for row in rows if row["error"] is None]
-    failed = [row for row in rows if row["error"] is not None]
+    good = [row for row in rows if row.error is None]
+    failed = [row for row in rows if row.error is not None]
     lines = []
     if good:
         lines += [*_needs(good, best, cluster), "", *_times(good), "", *_detail(good[0])]
     if failed:
-        lines += ["", "did not compile:", *(f"  {row['name']}: {row['error']}" for row in failed)]
+        lines += ["", "did not compile:", *(f"  {row.name}: {row.error}" for row in failed)]
     return lines
 
 
-def _needs(rows: Sequence[dict[str, Any]], best: str | None, cluster: Cluster) -> list[str]:
-    head = ("layout:mesh", "inner", "GB", "fits", "step s", "tokens/s per device", "MFU %", "mJ/token", "largest part")
+def _needs(rows: Sequence[Row], best: Row | None, cluster: Cluster) -> list[str]:
+    head = ("layout:mesh", "inner", "GB", "fits", "step s", "tokens/s per device", "MFU %", "mJ/token", "most of it")
     cells = []
     for row in rows:
-        fits = "yes" if row["memory_fits_default_pool"] else f"{LARGER_POOL:.0%}" if row["fits"] else "no"
-        marked = row["name"] + (" *" if row is rows[0] and best else "")
+        no = f"no: {giga(row.memory_bytes_of_a_device)}"
+        fits = "yes" if row.memory_fits_default_pool else f"{LARGER_POOL:.0%}" if row.fits else no
+        marked = row.name + (" *" if row is best else "")
         speeds = [_range(row, "step_seconds"), _range(row, "tokens_per_second_per_device", ",.0f")]
         speeds += [_range(row, "mfu", ".0f", 100), _range(row, "energy_joules_per_token", unit=1e3)]
-        cells.append((marked, row["inner"], giga(row["memory_bytes"]["total"]), fits, *speeds, limit(row)))
+        cells.append((marked, row.inner, giga(row.memory_bytes["total"]), fits, *speeds, largest_part(row)))
     lines = columns([head, *cells])
-    room = f"A device has {cluster.memory_bytes / 1e9:.1f} GB"
+    lines += ["", "GB (1e9 bytes) per device: what XLA reserves for the state, a batch and the step."]
     if cluster.gpu:
         lines += [
-            "",
-            f"GB (1e9 bytes) per device: what XLA reserves for the state, a batch and the step. {room}.",
-            f"fits: yes, in JAX's default pool, {DEFAULT_POOL:.0%} of that; {LARGER_POOL:.0%}, with "
-            f"XLA_PYTHON_CLIENT_MEM_FRACTION={LARGER_POOL}. Not counted: NCCL, workspaces and",
-            "the CUDA context, 1 to 3 GB, which lie outside of the pool.",
+            f"fits: of a device's {giga(cluster.memory_bytes)} GB JAX takes {DEFAULT_POOL:.0%} by default (yes), or "
+            f"{LARGER_POOL:.0%} with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGER_POOL}; no: the GB that",
+            "a device would need. NCCL, workspaces and the CUDA context take 1 to 3 GB more, which are not counted.",
         ]
     else:
-        lines += ["", f"GB (1e9 bytes) per device: what XLA reserves for the state, a batch and the step. {room} here."]
+        lines.append(f"fits: of {giga(cluster.memory_bytes)} GB, a device's share of what this machine has left.")
     lines += [f"Times: from a roofline of the compiled step to that divided by {REACHED}. Nothing was run."]
     return lines
 
 
-def _times(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _times(rows: Sequence[Row]) -> list[str]:
     head = ("seconds of a step", "inner", "products", "memory", "exposed", "inside", "between")
     cells = []
     for row in rows:
-        links = [row["link_seconds"][link] for link in ("inside", "between")]
-        parts = [row[f"{part}_seconds"] for part in ("products", "memory", "exposed")]
-        sent = [giga(row["link_bytes"][link]) for link in ("inside", "between")]
-        counted = f"{row['flops'] / 1e12:,.4g}", f"{row['flops'] / row['model_flops']:.2f}"
+        links = [row.link_seconds[link] for link in ("inside", "between")]
+        parts = row.products_seconds, row.memory_seconds, row.exposed_seconds
+        sent = [giga(row.link_bytes[link]) for link in ("inside", "between")]
+        counted = f"{row.flops / 1e12:,.4g}", f"{row.flops / row.model_flops:.2f}"
         seconds = [_three(value) for value in (*parts, *links)]
-        cells.append((row["name"], row["inner"], *seconds, *sent, *counted, f"{row['bubble']:.1%}"))
+        cells.append((row.name, row.inner, *seconds, *sent, *counted, f"{row.bubble:.1%}"))
     lines = columns([(*head, "GB inside", "GB between", "TFLOP", "x model's", "bubble"), *cells])
     lines += [
         "",
         "products at peak, memory-bound work beyond them, and exposed communication, which nothing covers: the step.",
         "inside, between: what collectives take on the links of a node and between nodes, covered or not.",
     ]
-    unknown = sorted({name for row in rows for name in row["not_priced"]})
+    unknown = sorted({name for row in rows for name in row.not_priced})
     return lines + [f"not priced: {name}" + (" (one turn is)" if "loop" in name else "") for name in unknown]
 
 
-def _detail(row: dict[str, Any]) -> list[str]:
-    kinds = sorted(row["memory_bytes"].items(), key=lambda item: -item[1])
-    total = row["memory_bytes"]["total"]
+def _detail(row: Row) -> list[str]:
+    kinds = sorted(row.memory_bytes.items(), key=lambda item: -item[1])
+    total = row.memory_bytes["total"]
     shown = [(kind, giga(size)) for kind, size in kinds if size >= total / 1000 and kind != "total"]
-    lines = columns([(f"{row['name']}: memory", "GB"), *shown])
-    head = (f"{row['name']}: collectives", "kind", "times", "GB", "s inside", "s between", "s exposed")
+    lines = columns([(f"{row.name}: memory", "GB"), *shown])
+    head = (f"{row.name}: collectives", "kind", "times", "GB", "s inside", "s between", "s exposed")
     cells = []
-    for one in sorted(row["collectives"], key=lambda one: -one["inside_seconds"] - one["between_seconds"]):
+    for one in sorted(row.collectives, key=lambda one: -one["inside_seconds"] - one["between_seconds"]):
         seconds = (one["inside_seconds"], one["between_seconds"], one["exposed_seconds"])
-        kind = one["kind"] + (", ahead" if one["asynchronous"] else "")
+        kind = one["kind"] + (", ahead" if one["ahead"] else "")
         figures = [f"{one['times']:,.0f}", giga(one["operand_bytes"]), *map(_three, seconds)]
         cells.append((one["role"], kind, *figures))
     return [*lines, "", *columns([head, *cells])] if cells else lines
 
 
-def _range(row: dict[str, Any], name: str, form: str | None = None, unit: float = 1) -> str:
+def _range(row: Row, name: str, form: str | None = None, unit: float = 1) -> str:
     """From the lower figure to the higher."""
-    if row[name] is None:
+    if getattr(row, name) is None:
         return "unknown"
     return "–".join(
-        f"{value:{form}}" if form else _three(value) for value in sorted(x * unit for x in row["ranges"][name])
+        f"{value:{form}}" if form else _three(value) for value in sorted(x * unit for x in row.ranges[name])
     )
 
 
