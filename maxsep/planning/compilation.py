@@ -1,6 +1,7 @@
 """One compilation for a cluster, a process of its own: `python -m maxsep.planning.compilation JOB OUT`.
 
-JOB is a JSON file with what `job` makes; what `compiled` finds is written to OUT.
+JOB is a JSON file with what `job` makes; what `compiled` finds is written to OUT, or the `error` with which XLA refuses
+the program.
 """
 
 import dataclasses
@@ -84,11 +85,21 @@ def main(named: str, out: str) -> None:
     values = json.loads(Path(named).read_text(encoding="utf-8"))
     gpu = values["cluster"].pop("gpu")
     cluster = Cluster(gpu=gpu and Gpu(**gpu), **values["cluster"])
-    write_json(Path(out), compiled(from_config_dict(values["config"]), values["ids"], cluster, values["cudnn"]), None)
+    from jax.errors import JaxRuntimeError
+
+    try:
+        found = compiled(from_config_dict(values["config"]), values["ids"], cluster, values["cudnn"])
+    except JaxRuntimeError as e:  # by XLA, which will always say so
+        found = {"error": _line(e)}
+    write_json(Path(out), found, None)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except Exception as e:
-        sys.exit(f"error: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
+        sys.exit(f"error: {_line(e)}")

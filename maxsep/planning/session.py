@@ -11,7 +11,7 @@ from typing import Any
 
 from maxsep.cluster import child
 from maxsep.cluster.signals import Stop
-from maxsep.config import Config, cli, runs
+from maxsep.config import Config, ConfigError, cli, runs
 from maxsep.config.cluster import Cluster
 from maxsep.planning import compilation, kept, target
 from maxsep.planning.table import giga
@@ -39,7 +39,7 @@ def compile_all(
 
     Raises:
         cli.Exit: a signal has stopped it.
-        ConfigError: what was found cannot be kept.
+        ConfigError: what was found cannot be kept, or there is no room to work in.
     """
     cudnn = next((version for name, version in versions.items() if "cudnn" in name), None)
     asked = [compilation.job(config, ids, cluster, cudnn) for config in configs]
@@ -55,11 +55,11 @@ def compile_all(
         work = {pool.submit(_compile, asked[at], Path(scratch, str(at)), stop): at for at in missing}
         try:
             for done, future in enumerate(as_completed(work), 1):
-                at, facts = work[future], future.result()
-                if facts is None or (stop.asked and facts.get("killed")):
+                at, (facts, lasting) = work[future], future.result()
+                if facts is None or (stop.asked and not lasting):
                     continue
                 found[at] = facts
-                if not facts.get("killed"):
+                if lasting:
                     store.write(keys[at], facts)
                 name = runs.name(configs[at].layout, configs[at].mesh)
                 told = facts.get("error") or f"{giga(facts['memory']['total'])} GB per device"
@@ -72,18 +72,21 @@ def compile_all(
     return found
 
 
-def _compile(job: dict[str, Any], scratch: Path, stop: Stop) -> dict[str, Any] | None:
-    """None: it was stopped before it had begun."""
+def _compile(job: dict[str, Any], scratch: Path, stop: Stop) -> tuple[dict[str, Any] | None, bool]:
+    """What was found, and whether it would be found again; None: it was stopped before it had begun."""
     if stop.asked:
-        return None
+        return None, False
     named, out, log = (scratch.with_suffix(suffix) for suffix in (".job", ".out", ".log"))
-    named.write_text(json.dumps(job), encoding="utf-8")
     environment = os.environ | (target.ENVIRONMENT if job["cluster"]["gpu"] else {"JAX_PLATFORMS": "cpu"})
     # Of a program from JAX's own cache XLA tells nothing.
     environment |= {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     environment.pop("JAX_NUM_CPU_DEVICES", None)
     command = ["-m", "maxsep.planning.compilation", str(named), str(out)]
-    status = child.run(command, log, environment, stop, shown=False)
-    if status == cli.DONE:
-        return json.loads(out.read_text(encoding="utf-8"))
-    return {"error": f"{child.why(log)} ({child.ended(status)})", "killed": status < 0}
+    try:
+        named.write_text(json.dumps(job), encoding="utf-8")
+        status = child.run(command, log, environment, stop, shown=False)
+        if status == cli.DONE:
+            return json.loads(out.read_text(encoding="utf-8")), True
+        return {"error": f"{child.why(log)} ({child.ended(status)})"}, False
+    except OSError as e:
+        raise ConfigError(f"TMPDIR: cannot write in {scratch.parent}: {e.strerror or e}; takes a folder") from e
