@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,7 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
     # The order of the devices changes no instruction, and XLA has complaints about another than this.
     with jax.set_mesh(mesh.mesh_of(mesh.arranged(devices, config.mesh, "expert"))), tempfile.TemporaryDirectory() as d:
         run = Run(config, end_of_text=0, ids=ids)  # any id: what it costs does not depend on it
-        options = {"xla_dump_to": d, "xla_dump_hlo_as_text": True} | (target.OPTIONS if cluster.gpu else {})
-        run.lower_train_step().compile(compiler_options=options)
+        _compile(run.lower_train_step(), target.OPTIONS if cluster.gpu else ({},), d)
         module, plan = buffers.read(Path(d))
     near = cluster.devices_per_node
     ids = range(cluster.devices)
@@ -66,6 +66,19 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
         "seconds": time.monotonic() - began,
         "cpu_seconds": time.process_time(),
     }
+
+
+def _compile(lowered, attempts: Sequence[dict[str, Any]], folder: str) -> None:
+    """Compiles with the first options with which XLA can, and dumps the program."""
+    from jax.errors import JaxRuntimeError
+
+    for number, options in enumerate(attempts, 1):
+        try:
+            lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | options)
+            return
+        except JaxRuntimeError as e:
+            if target.SPILLS not in str(e) or number == len(attempts):
+                raise
 
 
 def _devices(cluster: Cluster, cudnn: str | None) -> list:

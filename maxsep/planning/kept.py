@@ -38,7 +38,7 @@ def key(job: dict[str, Any], versions: dict[str, str]) -> str:
     cluster |= {name: job["cluster"][name] for name in ("memory_bytes", "memory_bandwidth")} if gpu else _this_machine()
     settings = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "PJRT_"))}
     libraries = {name: metadata.version(name) for name in LIBRARIES} | versions
-    options = target.OPTIONS if gpu else {}
+    options = target.OPTIONS if gpu else ()
     parts = [_source(), config, data, job["ids"], cluster, settings, libraries, options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -5,10 +5,13 @@ from importlib import metadata
 from maxsep.config import ConfigError
 from maxsep.config.cluster import Cluster
 
-# Only the machine's own autotuner could choose kernels, and as none will run, LLVM need not optimise them: neither
-# changes the program, its memory or its schedule. (Not to optimise in ptxas too saves one second, and makes XLA refuse
-# large fused kernels on Blackwell.)
-OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 0}
+# Only the machine's own autotuner could choose kernels. As none will run, LLVM and ptxas need not optimise them: that
+# changes neither the program, its memory nor its schedule. But XLA takes no kernel that spills registers, and some large
+# fused ones do, on one GPU where ptxas optimises, on another where it does not. The first that XLA takes counts.
+AS_THEY_ARE = {"xla_gpu_autotune_level": 0}
+QUICK = AS_THEY_ARE | {"xla_backend_optimization_level": 0}
+OPTIONS = (QUICK | {"xla_gpu_disable_gpuasm_optimizations": True}, QUICK, AS_THEY_ARE)
+SPILLS = "No supported config found"  # what XLA then says
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
 INSTALL = "pip install -c constraints.txt -e '.[cuda]'"
 
