@@ -6,8 +6,8 @@ from maxsep.config import ConfigError
 from maxsep.config.cluster import Cluster
 
 # Only the machine's own autotuner could choose kernels. As none will run, LLVM and ptxas need not optimise them: that
-# changes neither the program, its memory nor its schedule. But XLA takes no kernel that spills registers, and some large
-# fused ones do, on one GPU where ptxas optimises, on another where it does not. The first that XLA takes counts.
+# changes neither the program, its memory nor its schedule. But XLA takes no kernel that spills registers, and a few
+# large ones do, on one GPU where ptxas optimises, on another where it does not. The first that XLA takes counts.
 AS_THEY_ARE = {"xla_gpu_autotune_level": 0}
 QUICK = AS_THEY_ARE | {"xla_backend_optimization_level": 0}
 OPTIONS = (QUICK | {"xla_gpu_disable_gpuasm_optimizations": True}, QUICK, AS_THEY_ARE)
