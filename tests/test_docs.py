@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from maxsep import ablate, bench, convert, launch, prepare
+from maxsep import ablate, bench, convert, launch, plan, prepare
 from maxsep.config import CHOICES, Config, cli, fields
 from maxsep.output.workdir import RESUME_MAY_CHANGE
 
@@ -36,6 +36,7 @@ TOOLS = {
         "commands": convert.COMMANDS,
         "found": cli.Found(lambda argv: (Config(), argv), convert.FOUND.takes),  # what it converts need not be there
     },
+    "maxsep.plan": {"define": plan.define, "default_config": plan.DEFAULT},
     "maxsep.prepare": {"define": prepare.define, "default_config": "configs/tiny.py"},
     "maxsep.bench": {"define": bench.define, "default_config": "configs/bench.py", "commands": ("train", "decode")},
 }

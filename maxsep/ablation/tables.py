@@ -267,7 +267,7 @@ def _lists(chosen: dict[str, dict], results: list[dict]) -> Table:
         "Shares of the choices in the last step, before drops; a layout does not change them, nor the steps to a loss.",
         "Energy: on NVIDIA GPUs, power in W beside the run, over tokens/s: "
         "`nvidia-smi --query-gpu=power.draw --format=csv,noheader --loop-ms=200`. "
-        "Power usage effectiveness and CO2 are the data centre's. No command of maxsep predicts a speed-up yet.",
+        "Power usage effectiveness and CO2 are the data centre's. `python -m maxsep.plan` predicts a step's time.",
     ]
     if not scaling:
         notes.append(f"Scaling efficiency: {TO_SCALE}")

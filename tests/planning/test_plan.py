@@ -86,7 +86,7 @@ def test_a_plan_from_flags_to_table_and_json(whole):
     assert parts == row["memory_bytes"]["total"]
     seconds = row["products_seconds"] + row["memory_seconds"] + row["exposed_seconds"]
     assert row["step_seconds"] == pytest.approx(seconds)
-    assert row["ranges"]["step_seconds"] == [row["step_seconds"], pytest.approx(row["step_seconds"] / 0.7)]
+    assert row["ranges"]["step_seconds"] == [row["step_seconds"], pytest.approx(row["step_seconds"] / 0.65)]
     tokens = row["tokens_per_second_per_device"] * row["step_seconds"] * 2
     assert tokens == pytest.approx(16 * 128), "of a step"
     assert row["communication_bytes"]["dispatch"] > 0
