@@ -17,24 +17,17 @@ from maxsep.measure.parts import part_of
 
 @dataclass(frozen=True)
 class Kernel:
-    """`flops`: of its matrix products, by type as `work.product` tells them. `moved`: bytes read and written."""
-
-    flops: dict[str, float]
-    moved: int
+    flops: dict[str, float]  # of its matrix products, by type as `work.product` tells them
+    moved: int  # bytes read from memory and written to it
 
 
 @dataclass(frozen=True)
 class Collective:
-    """`size`: bytes of its operands. `groups`: a row of `Schedule.groups`. `name`: what waits for it; None: all does.
-
-    `roles`: the share of each in the bytes, as XLA joins collectives of several.
-    """
-
     kind: str
-    roles: dict[str, float]
-    size: int
-    groups: int
-    name: str | None
+    roles: dict[str, float]  # the share of each in the bytes, as XLA joins collectives of several
+    size: int  # bytes of its operands
+    groups: int  # a row of `Schedule.groups`
+    name: str | None  # that of the `Wait` for it; None: it is waited for at once
 
 
 @dataclass(frozen=True)
@@ -133,7 +126,7 @@ def of(module: Module, busy: float = 1) -> Schedule:
         for operand, path in zip(i.operands, i.paths, strict=True):
             sizes[role(path)] += sum(array.bytes for array in module.arrays(operand))
         total, among = sizes.total(), tuple(map(tuple, module.groups(i)))
-        shares = {of: size / total for of, size in sizes.items()}
+        shares = {of: size / max(total, 1) for of, size in sizes.items()}
         later = start.opcode.endswith("-start") and not start.synchronous
         if later:
             pending.add(start.name)

@@ -51,9 +51,8 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
         run = Run(config, end_of_text=0, ids=ids)  # any id: what it costs does not depend on it
         _compile(run.lower_train_step(), target.OPTIONS if cluster.gpu else ({},), d)
         module, plan = buffers.read(Path(d))
-    near = cluster.devices_per_node
-    ids = range(cluster.devices)
-    orders = {inner: mesh.arranged(ids, config.mesh, inner).ravel() for inner in ("attention", "expert")}
+    near, places = cluster.devices_per_node, range(cluster.devices)
+    orders = {inner: mesh.arranged(places, config.mesh, inner).ravel() for inner in ("attention", "expert")}
     return {
         "memory": buffers.by_kind(module, plan, run.abstract_state) | {"total": plan.peak},
         "schedule": schedule.to_json(schedule.of(module, 1 - run.bubble)),
