@@ -9,9 +9,9 @@ from small import ROWS, config
 
 from maxsep.config import Config
 from maxsep.config.cluster import load_cluster
-from maxsep.measure import hlo, schedule
+from maxsep.measure import hlo, program, schedule
 from maxsep.parallel.mesh import make_mesh
-from maxsep.planning import compilation
+from maxsep.planning import compilation, rows
 from maxsep.training.run import Run
 
 DEVICES = (2, 2)  # attention x expert
@@ -92,7 +92,11 @@ def is_that_of_train_py(c: Config) -> None:
     total = kinds.pop("total")
     assert sum(kinds.values()) == total
     assert total - kinds["results"] - kinds["constants"] == sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
-    assert facts["schedule"] == schedule.to_json(schedule.of(hlo.parse(made.as_text()), 1 - run.bubble))
+    module, busy = hlo.parse(made.as_text()), 1 - run.bubble
+    assert facts["schedule"] == schedule.to_json(schedule.of(module, busy))
+    rates = replace(load_cluster("cpu:1x16"), flops={"float32": 1}, memory_bandwidth=1, inside=1, between=1)
+    (row,) = rows.of([c], [facts], rates)
+    assert row.communication_bytes == pytest.approx(program.by_role(program.sent(module, busy))), "the ablation's"
 
 
 @pytest.mark.slow
