@@ -28,11 +28,13 @@ DEFAULT = "configs/seed.py"
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("cluster", None, "what to plan for, as a100-80gb:4x4", flag_values=values)
-    flags.DEFINE_list("runs", None, "layouts and meshes, as ma:4x4,pp:2x1x8 (default all)", flag_values=values)
+    flags.DEFINE_string("cluster", None, "what to plan for: NAME:NODESxDEVICES, as a100-80gb:4x4", flag_values=values)
+    flags.DEFINE_list("runs", None, "only these layouts and meshes, as ma:4x4,pp:2x1x8", flag_values=values)
     flags.DEFINE_string("json", None, "file to write the plan to", flag_values=values)
-    flags.DEFINE_string("cache", None, "folder of what has been compiled (default in the user's)", flag_values=values)
-    flags.DEFINE_integer("jobs", None, "programs to compile at a time", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("cache", None, "folder of compiled results (default in the user's cache)", flag_values=values)
+    flags.DEFINE_integer(
+        "jobs", None, "programs to compile at a time (default half of the cores)", lower_bound=1, flag_values=values
+    )
 
 
 def main(args: cli.Args, argv: list[str]) -> None:

@@ -18,8 +18,8 @@ CLEAR = "\x1b[2K"  # a terminal's line
 def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: Stop, shown: bool = True) -> int:
     """Runs Python with the arguments `command` until it ends, and returns its status.
 
-    The command and its output go to `log`; where it is `shown`, its last line goes to a terminal too. Where `stop` is
-    asked, it is told once.
+    The command and its output go to `log`; if it is `shown`, its last line goes to a terminal too. If `stop` is asked,
+    the child gets SIGTERM, once.
     """
     with log.open("w", encoding="utf-8") as output:
         print("$ python", shlex.join(command), file=output, flush=True)

@@ -18,7 +18,7 @@ from maxsep.planning.links import Load, load
 
 @dataclass
 class Sent:
-    """What collectives of one kind send for one role, a device and step; bytes of their operands, and on each link."""
+    """What collectives of one kind send for one role, per device and step: bytes of operands, and on each link."""
 
     times: float = 0
     operand_bytes: float = 0
