@@ -29,8 +29,8 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
     """Compiles the train step that train.py runs, and reads the program.
 
     Returns:
-        `memory`: bytes per device by kind, at the peak, as `buffers.by_kind` has them, and their `total`. `schedule`: of
-        `schedule.to_json`. `inner`: what `mesh.inner` is or auto chooses. `nodes`: of each partition, under either
+        `memory`: bytes per device by kind, at the peak, as `buffers.by_kind` has them, and their `total`. `schedule`:
+        of `schedule.to_json`. `inner`: what `mesh.inner` is or auto chooses. `nodes`: of each partition, under either
         choice. `model_flops`, `tokens`: of a step. `bubble`. `kernel`: of attention. `seconds` and `cpu_seconds` that
         it all took.
     """
