@@ -42,7 +42,7 @@ class MeshConfig:
     stage: int = 1  # stages of a pipeline (pp, tp_pp, or l=stage in a row of one's own); a further axis for zero
     attention: int = 1  # devices that share one sequence: heads in attention, positions between blocks
     expert: int = 1  # devices that share one set of experts, and the batch
-    inner: str = "auto"  # axis of neighbouring devices, as in a process: attention, expert, auto (which sends more)
+    inner: str = "auto"  # axis inside a node: attention, expert, auto (with which less is sent from node to node)
 
     @property
     def shape(self) -> tuple[int, int, int]:

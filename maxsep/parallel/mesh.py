@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from maxsep.config import Config, MeshConfig
 from maxsep.config.layouts import AXES
-from maxsep.parallel.layout import Layout
+from maxsep.parallel.order import inner
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -19,7 +19,7 @@ def make_mesh(config: Config) -> Mesh:
     needed = config.mesh.devices
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))[:needed]
     assert len(devices) == needed, "parallel.start has counted the devices"
-    return mesh_of(arranged(devices, config.mesh, inner(config)))
+    return mesh_of(arranged(devices, config.mesh, inner(config, near(devices))))
 
 
 def arranged(devices: Sequence, mesh: MeshConfig, inner: str) -> np.ndarray:
@@ -34,26 +34,9 @@ def mesh_of(devices: np.ndarray) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
-def inner(config: Config) -> str:
-    """The axis whose devices are neighbours: `mesh.inner`, or the one along which a layer sends more for a token."""
-    if config.mesh.inner != "auto":
-        return config.mesh.inner
-    sent = {axis: sum(size for axes, size in _sent(config) if axis in axes) for axis in ("expert", "attention")}
-    return max(sent, key=sent.get)  # expert where they are equal
-
-
-def _sent(config: Config) -> list[tuple[tuple[str, ...], float]]:
-    """What attention and experts send, and along which axes, in t D c: docs/layouts.md, "What a device sends"."""
-    model, layout = config.model, Layout.of(config, "cpu")
-    heads, hidden, experts = (layout.ways(letter) for letter in "hfe")
-    copies = experts * min(model.top_k, model.experts / experts)
-    if model.capacity_factor is not None:
-        copies = model.top_k * model.capacity_factor
-    return [
-        (layout.axes("h"), 1 + heads if heads > 1 else 0),
-        (layout.axes("f"), 1 + hidden if hidden > 1 else 0),
-        (layout.axes("e"), 2 * copies if experts > 1 else 0),
-    ]
+def near(devices: Sequence[jax.Device]) -> int:
+    """Devices of a process, which a node has one of."""
+    return len(devices) // len({device.process_index for device in devices})
 
 
 def describe(devices: Sequence[jax.Device]) -> str:
@@ -63,11 +46,11 @@ def describe(devices: Sequence[jax.Device]) -> str:
     return f"{len(devices)} x {kind}" + (f" in {processes} processes" if processes > 1 else "")
 
 
-def neighbours(config: Config) -> str:
+def neighbours(config: Config, devices: Sequence[jax.Device]) -> str:
     """Which axis lies innermost, for people; nothing where only one has a size."""
     if min(config.mesh.attention, config.mesh.expert) == 1:
         return ""
-    return f", neighbours along {inner(config)} (mesh.inner={config.mesh.inner})"
+    return f", neighbours along {inner(config, near(devices))} (mesh.inner={config.mesh.inner})"
 
 
 def abstract_mesh(config: Config) -> AbstractMesh:

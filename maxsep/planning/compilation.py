@@ -41,7 +41,7 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
     import jax
 
     from maxsep.measure import buffers, schedule
-    from maxsep.parallel import mesh
+    from maxsep.parallel import mesh, order
     from maxsep.training.run import Run
 
     began = time.monotonic()
@@ -56,7 +56,7 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
     return {
         "memory": buffers.by_kind(module, plan, run.abstract_state) | {"total": plan.peak},
         "schedule": schedule.to_json(schedule.of(module, 1 - run.bubble)),
-        "inner": mesh.inner(config),
+        "inner": order.inner(config, near),
         "nodes": {inner: [int(device) // near for device in order] for inner, order in orders.items()},
         "model_flops": run.flops,
         "tokens": run.tokens,

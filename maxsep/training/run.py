@@ -133,13 +133,13 @@ class Run:
 
     def described(self) -> dict[str, str]:
         """What runs, for the console."""
-        config, model = self.config, self.config.model
+        config, model, devices = self.config, self.config.model, self.mesh.devices.ravel()
         micro = f" in {config.train.accumulation} micro-batches" if config.train.accumulation > 1 else ""
         state = memory.of_state(self.abstract_state)
         capacity = "dropless" if model.capacity_factor is None else f"capacity {model.capacity_factor}"
         return {
             "layout": f"{config.layout}: {config.mesh}",
-            "devices": describe(self.mesh.devices.ravel()) + neighbours(config),
+            "devices": describe(devices) + neighbours(config, devices),
             "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
             f"top {model.top_k}, {capacity}, {model.dtype}",
             "parameters": f"{model.parameters:,}",

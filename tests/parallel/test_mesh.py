@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import pytest
 from small import config
 
 from maxsep.config.layouts import AXES
-from maxsep.parallel.mesh import inner, make_mesh, neighbours
+from maxsep.parallel.mesh import make_mesh, neighbours
 
 
 def meant(c, axis):
@@ -24,21 +23,8 @@ def test_neighbours_lie_along_the_inner_axis():
     assert ids["attention"] == [list(range(0, 16, 2)), list(range(1, 16, 2))]
 
 
-@pytest.mark.parametrize(
-    "shape, changed, axis",
-    [
-        ((4, 4), {}, "expert"),  # 1 + 4 against 2 x 4 x 2: dropless, every device may get all
-        ((4, 4), {"model": {"capacity_factor": 1.0}}, "attention"),  # 1 + 4 against 2 x 2
-        ((2, 8), {"model": {"capacity_factor": 1.0}}, "expert"),  # 1 + 2 against 2 x 2
-        ((4, 4), {"layout": "tp"}, "attention"),
-        ((16, 1), {}, "attention"),
-        ((1, 16), {}, "expert"),
-        ((1, 1), {}, "expert"),
-    ],
-)
-def test_the_axis_that_sends_more_is_inside(shape, changed, axis):
-    c = config(shape, **changed)
-    assert inner(c) == axis
-    other = {"expert": "attention", "attention": "expert"}[axis]
-    assert inner(meant(c, other)) == other
-    assert (axis in neighbours(c)) == (min(shape) > 1)
+def test_a_run_shows_which_axis_lies_inside():
+    for shape in ((4, 4), (16, 1)):
+        c = meant(config(shape), "attention")
+        shown = neighbours(c, make_mesh(c).devices.ravel())
+        assert shown == (", neighbours along attention (mesh.inner=attention)" if min(shape) > 1 else "")

@@ -1,0 +1,85 @@
+"""The order of the devices on the mesh: which axis lies inside a node, so that less is sent from node to node."""
+
+import math
+from typing import NamedTuple
+
+from maxsep.config import Config
+from maxsep.config.layouts import AXES
+from maxsep.parallel.collectives import Axes
+from maxsep.parallel.layout import Layout
+
+
+class Sent(NamedTuple):
+    """Bytes of a step among the devices along `axes`: of a `ring` all that its devices come to hold, or add up."""
+
+    axes: Axes
+    kind: str  # ring, or exchange: all-to-all, each device sends every other its part
+    bytes: float
+
+
+def inner(config: Config, near: int) -> str:
+    """`mesh.inner`, or the axis with which a device sends less to other nodes; else with which it sends less at all.
+
+    Args:
+        config: with its mesh.
+        near: devices of a node.
+    """
+    if config.mesh.inner != "auto":
+        return config.mesh.inner
+    sent = _sent(config)
+    axes = [axis for axis in ("expert", "attention") if config.mesh.sizes[axis] > 1]
+    along = {axis: sum(one.bytes for one in sent if axis in one.axes) for axis in axes or ["expert"]}
+    return min(along, key=lambda axis: (between(config, axis, near, sent), -along[axis]))
+
+
+def between(config: Config, inner: str, near: int, sent: list[Sent] | None = None) -> float:
+    """Bytes of a step that a device sends to other nodes, of `near` devices, with the axis `inner` innermost."""
+    sizes, outer = config.mesh.sizes, {"expert": "attention", "attention": "expert"}[inner]
+    inside = {inner: min(sizes[inner], near), outer: min(sizes[outer], max(1, near // sizes[inner]))}
+    total = 0.0
+    for axes, kind, size in _sent(config) if sent is None else sent:
+        devices, here = (math.prod(of.get(axis, 1) for axis in axes) for of in (sizes, inside))
+        if kind == "exchange":
+            total += size * (devices - here) / devices
+        elif here < devices:  # the ring leaves each node once: its devices there share the way
+            total += size * (devices - 1) / devices / here
+    return total
+
+
+def _sent(config: Config) -> list[Sent]:
+    """What layers send in a step, and along which axes; statistics and what stages hand over do not depend on it."""
+    model, train, layout = config.model, config.train, Layout.of(config, "cpu")
+    cast = {"bfloat16": 2, "float32": 4, "float64": 8}[model.dtype]
+    wide = max(4, cast)  # of a weight, and of its gradient
+    tokens = train.batch_size * config.data.sequence_length / layout.ways("b") / layout.ways("s")
+    passes = 2 + (model.remat == "full")
+    own = model.layers / layout.ways("l")
+
+    def joined(letter: str, times: float) -> Sent:
+        """Tokens gathered where `letter` is split, and what was made of them added up."""
+        axes = tuple(axis for axis in layout.axes(letter) if axis in layout.token_axes)
+        return Sent(axes, "ring", times * 2 * layout.ways(letter) * tokens * model.d_model * cast)
+
+    experts = layout.ways("e")
+    copies = experts * min(model.top_k, model.experts / experts)
+    if model.capacity_factor is not None:
+        copies = model.top_k * model.capacity_factor
+    sent = [
+        joined("h", own * passes),
+        joined("f", own * passes),
+        joined("v", 2),
+        Sent(layout.axes("e"), "exchange", own * passes * 2 * copies * tokens * model.d_model * cast),
+    ]
+    matrices = 3 if model.activation == "swiglu" else 2
+    for letters, count in (
+        ("h", 2 * model.d_model * model.head_size * (model.heads + model.n_kv_heads)),
+        ("ef", model.experts * matrices * model.d_model * model.d_ff),
+    ):
+        split = tuple(axis for letter in "l" + letters for axis in layout.axes(letter))
+        stored = tuple(axis for axis in layout.axes("w") if axis not in split)
+        size = own * count / math.prod(layout.ways(letter) for letter in letters)
+        copied = tuple(axis for axis in AXES if axis not in split + stored)
+        # Gathered forward and backward, their gradients scattered, in each micro-batch; added up once a step.
+        sent.append(Sent(stored, "ring", train.accumulation * size * (2 * cast + wide)))
+        sent.append(Sent(copied, "ring", 2 * wide * size))
+    return sent
