@@ -94,7 +94,9 @@ def is_that_of_train_py(c: Config) -> None:
     assert total - kinds["results"] - kinds["constants"] == sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
     module, busy = hlo.parse(made.as_text()), 1 - run.bubble
     assert facts["schedule"] == schedule.to_json(schedule.of(module, busy))
-    rates = replace(load_cluster("cpu:1x16"), flops={"float32": 1}, memory_bandwidth=1, inside=1, between=1)
+    rates = replace(
+        load_cluster("cpu:1x16"), memory_bytes=1, flops={"float32": 1}, memory_bandwidth=1, inside=1, between=1
+    )
     (row,) = rows.of([c], [facts], rates)
     assert row.communication_bytes == pytest.approx(program.by_role(program.sent(module, busy))), "the ablation's"
 
