@@ -6,6 +6,7 @@ JAX is imported inside the functions, after the environment is set.
 import dataclasses
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, paths
 from maxsep.config.validate import validate
 
+# On GPUs collectives run beside kernels that do not wait for them, and the program has the memory but for some GB, which
+# communication and libraries need. XLA by itself: they do not, and three quarters of it.
+SCHEDULER, MEMORY = "--xla_gpu_enable_latency_hiding_scheduler", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 HELD = 30.0  # seconds for which JAX's connections to process 0 stay open after its death
 
 
@@ -67,6 +71,8 @@ def settle(config: Config, simulated: int) -> None:
     # Simulated devices share the cores: one may wait minutes for the others. XLA's limit would kill the run.
     _xla_flag("--xla_cpu_collective_call_terminate_timeout_seconds=600")
     _leave_a_thread_free(simulated)
+    _xla_flag(f"{SCHEDULER}=true")
+    os.environ.setdefault(MEMORY, "0.92")
     if config.train.deterministic:
         _xla_flag("--xla_gpu_deterministic_ops=true")
 
@@ -75,6 +81,13 @@ def settle(config: Config, simulated: int) -> None:
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", simulated)
+
+
+def of_gpus() -> str:
+    """What `settle`, or the user, has set for GPUs, for people."""
+    scheduler = re.findall(rf"{SCHEDULER}(?:=(\S+))?", os.environ.get("XLA_FLAGS", ""))
+    hides = scheduler and scheduler[-1].lower() not in ("false", "0")
+    return f"latency-hiding scheduler {'on' if hides else 'off'}, memory fraction {os.environ.get(MEMORY, '0.75')}"
 
 
 def _devices() -> list:

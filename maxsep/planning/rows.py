@@ -10,8 +10,8 @@ from maxsep.config.cluster import Cluster
 from maxsep.measure import schedule
 from maxsep.planning.prices import Cost, UnknownRateError, price, rate
 
-DEFAULT_POOL = 0.75  # of a GPU's memory: what JAX takes
-LARGER_POOL = 0.92  # with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, which leaves a GPU of 80 GB some 6 GB
+DEFAULT_POOL = 0.75  # of a GPU's memory: what JAX takes by itself
+LARGER_POOL = 0.92  # what train.py lets it take (parallel/start.py), which leaves a GPU of 80 GB some 6 GB
 REACHED = 0.65  # share of a roofline that machines reach, for the range: docs/plan.md, "Planned beside measured"
 ALIKE = 1e-3  # seconds of two orders of the devices that differ by less are the same
 SPEEDS = ("step_seconds", "tokens_per_second_per_device", "mfu", "energy_joules_per_token")

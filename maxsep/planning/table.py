@@ -30,7 +30,7 @@ def _needs(rows: Sequence[Row], best: Row | None, cluster: Cluster) -> list[str]
     cells = []
     for row in rows:
         no = f"no: {giga(row.memory_bytes_of_a_device)}"
-        fits = "yes" if row.memory_fits_default_pool else f"{LARGER_POOL:.0%}" if row.fits else no
+        fits = "yes" if row.fits else no
         marked = row.name + (" *" if row is best else "")
         speeds = [_range(row, "step_seconds"), _range(row, "tokens_per_second_per_device", ",.0f")]
         speeds += [_range(row, "mfu", ".0f", 100), _range(row, "energy_joules_per_token", unit=1e3)]
@@ -39,9 +39,9 @@ def _needs(rows: Sequence[Row], best: Row | None, cluster: Cluster) -> list[str]
     lines += ["", "GB (1e9 bytes) per device: what XLA reserves for the state, a batch and the step."]
     if cluster.gpu:
         lines += [
-            f"fits: of a device's {giga(cluster.memory_bytes)} GB JAX takes {DEFAULT_POOL:.0%} by default (yes), or "
-            f"{LARGER_POOL:.0%} with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGER_POOL}; no: the GB that",
-            "a device would need. NCCL, workspaces and the CUDA context take 1 to 3 GB more, which are not counted.",
+            f"fits: in {LARGER_POOL:.0%} of a device's {giga(cluster.memory_bytes)} GB, which train.py lets XLA take (its "
+            f"default is {DEFAULT_POOL:.0%}); no: with the GB that a device would need.",
+            "NCCL, workspaces and the CUDA context take 1 to 3 GB more, which are not counted.",
         ]
     else:
         lines.append(f"fits: of {giga(cluster.memory_bytes)} GB, a device's share of what this machine has left.")

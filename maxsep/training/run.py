@@ -22,6 +22,7 @@ from maxsep.output.workdir import init_checkpoints
 from maxsep.parallel import pipeline
 from maxsep.parallel.mesh import describe, neighbours
 from maxsep.parallel.sharding import on_mesh
+from maxsep.parallel.start import of_gpus
 from maxsep.training.step import Program, TrainState
 
 
@@ -144,6 +145,7 @@ class Run:
             f"top {model.top_k}, {capacity}, {model.dtype}",
             "parameters": f"{model.parameters:,}",
             "state a device": ", ".join(f"{kind} {_size(count)}" for kind, count in state.items()),
+            **({"XLA on GPUs": of_gpus()} if devices[0].platform == "gpu" else {}),
             "attention kernel": self.program.kernel,
             "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
             **self._pipeline(),

@@ -63,11 +63,25 @@ def test_available_memory_is_plausible():
 
 
 def test_a_compiler_flag_of_the_user_stays(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=5")
+    users = [
+        "--xla_cpu_collective_call_terminate_timeout_seconds=5",
+        "--xla_gpu_enable_latency_hiding_scheduler=false",
+    ]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(users))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, deterministic=True))
     start.start(config, fit_mesh=False)
-    flags = os.environ["XLA_FLAGS"].split()
-    assert flags == ["--xla_cpu_collective_call_terminate_timeout_seconds=5", "--xla_gpu_deterministic_ops=true"]
+    assert os.environ["XLA_FLAGS"].split() == [*users, "--xla_gpu_deterministic_ops=true"]
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+    assert start.of_gpus() == "latency-hiding scheduler off, memory fraction 0.5"
+
+
+def test_what_the_user_leaves_open_is_set_for_gpus(monkeypatch):
+    for variable in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(variable, "")  # put back afterwards
+        monkeypatch.delenv(variable)
+    start.start(TINY, fit_mesh=False)
+    assert start.of_gpus() == "latency-hiding scheduler on, memory fraction 0.92"
 
 
 @pytest.fixture
