@@ -146,21 +146,21 @@ class Program:
             own = collectives.vary(params)
 
             rows = batch_abt.shape[1] * self.layout.ways("b")  # of a micro-batch
-
-            def gradient(number, batch_abt):
-                return jax.grad(loss, has_aux=True)(own, batch_abt, number * rows)
-
-            def add(sums, numbered):
-                number, batch_bt = numbered
-                return jax.tree.map(jnp.add, sums, gradient(number, batch_bt[None])), None
-
             # A pipeline has all micro-batches under way; else each has a gradient of its own.
-            if self.layout.ways("l") > 1 or accumulation == 1:
-                sums = gradient(0, batch_abt)
-            else:
-                nothing = collectives.zeros(jax.eval_shape(gradient, 0, batch_abt[:1]))
-                sums, _ = lax.scan(add, nothing, (jnp.arange(accumulation), batch_abt))
-            gradients, metrics = sums
+            count = 1 if self.layout.ways("l") > 1 else accumulation
+            batch_nabt = batch_abt.reshape(count, -1, *batch_abt.shape[1:])
+            sums = jax.tree.map(jax.new_ref, collectives.zeros(jax.tree.map(jax.typeof, own)))
+
+            def add(metrics, numbered):
+                # A layer's gradient is added to the sums when it is made, in place: there is never a second one of all.
+                number, batch_abt = numbered
+                total, pull, more = jax.vjp(lambda own: loss(own, batch_abt, number * rows), own, has_aux=True)
+                pull.with_refs(sums)(jnp.ones_like(total))
+                return jax.tree.map(jnp.add, metrics, more), None
+
+            nothing = collectives.zeros(jax.eval_shape(loss, own, batch_nabt[0], 0)[1])
+            metrics, _ = lax.scan(add, nothing, (jnp.arange(count), batch_nabt))
+            gradients = jax.tree.map(jax.freeze, sums)
             with jax.named_scope("gradient_reduction"):
                 return jax.tree.map(self._reduce, gradients, self.param_specs, self.zero_specs), metrics
 
