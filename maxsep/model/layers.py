@@ -1,6 +1,7 @@
 """Weights, and the small layers: norm, rotary positions, embedding."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,22 @@ def jitted_init(init: Callable, platform: str) -> Callable:
     return jax.jit(init, compiler_options=options)
 
 
+class Cast(NamedTuple):
+    """A weight, and itself in the dtype in which it is used: cast before, not in each layer of each micro-batch.
+
+    The gradient is all the weight's.
+    """
+
+    own: jax.Array
+    cast: jax.Array
+
+
 def use(weight: nnx.Param, dtype=None) -> jax.Array:
     """What a device computes with of weights, in `dtype` (None: their own): gathered where they are stored in parts."""
-    w = weight[...]
-    dtype = w.dtype if dtype is None else dtype
-    if weight.parts is None:
-        return w.astype(dtype)
-    axes, dim = weight.parts
-    return collectives.gather_weight(w, axes, w.ndim + dim, dtype)
+    w = weight.get_value()
+    own, cast = w if isinstance(w, Cast) else (w, w.astype(w.dtype if dtype is None else dtype))
+    axes, dim = ((), 0) if weight.parts is None else weight.parts
+    return collectives.gather_weight(own, cast, axes, own.ndim + dim)
 
 
 class RMSNorm(nnx.Module):

@@ -15,7 +15,7 @@ from jax import lax
 from maxsep.config import ConfigError, ModelConfig
 from maxsep.model import head
 from maxsep.model.attention import Attention
-from maxsep.model.layers import Embedding, RMSNorm, normal, use
+from maxsep.model.layers import Cast, Embedding, RMSNorm, normal, use
 from maxsep.model.moe import MoE, MoEStats
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
@@ -185,6 +185,19 @@ def documents(tokens_bs: jax.Array, end_of_text: int | None) -> jax.Array | None
         return None
     ends = (tokens_bs == end_of_text).astype(jnp.int32)
     return jnp.cumsum(ends, axis=1) - ends  # an end of text belongs to the document it ends
+
+
+def casts(params: dict, dtype) -> dict:
+    """The matrices of attention and experts in `dtype`, for `with_casts`; None for all else."""
+
+    def cast(path, w):
+        return w.astype(dtype) if path[0].key == "blocks" and w.ndim == 4 else None
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def with_casts(params: dict, casts: dict) -> dict:
+    return jax.tree.map(lambda w, cast: w if cast is None else Cast(w, cast), params, casts)
 
 
 def rematerialised(block: Callable, model: ModelConfig, layout: Layout) -> Callable:

@@ -48,23 +48,23 @@ def gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     return x if size(axes) == 1 else lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather_weight(w: jax.Array, axes: Axes, dim: int, dtype) -> jax.Array:
-    """The whole of a weight in `dtype` from its parts, cast before they are sent.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def gather_weight(w: jax.Array, cast: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """The whole of a weight from its parts, of which `cast` is sent: w in the computation's dtype.
 
-    The gradient is a reduce-scatter in the weight's own dtype: sums over devices are not in bfloat16.
+    The gradient is all w's, a reduce-scatter in its own dtype: sums over devices are not in bfloat16.
     """
-    return _gather_weight_fwd(w, axes, dim, dtype)[0]
+    return _gather_weight_fwd(w, cast, axes, dim)[0]
 
 
-def _gather_weight_fwd(w, axes, dim, dtype):
+def _gather_weight_fwd(w, cast, axes, dim):
     with jax.named_scope("parameters"):
-        return gather(w.astype(dtype), axes, dim), jnp.zeros((), w.dtype)
+        return gather(cast, axes, dim), jnp.zeros((), w.dtype)
 
 
-def _gather_weight_bwd(axes, dim, dtype, own, g):
+def _gather_weight_bwd(axes, dim, own, g):
     with jax.named_scope("gradient_reduction"):
-        return (reduce_scatter(g.astype(own.dtype), axes, dim),)
+        return reduce_scatter(g.astype(own.dtype), axes, dim), None
 
 
 gather_weight.defvjp(_gather_weight_fwd, _gather_weight_bwd)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep.config import Config
 from maxsep.config.layouts import AXES
-from maxsep.model.transformer import Transformer, attention_kernel
+from maxsep.model.transformer import Transformer, attention_kernel, casts, with_casts
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.sharding import added, replicating_axes, split_further
@@ -125,7 +125,7 @@ class Program:
                 key = jax.random.fold_in(jax.random.key(self.config.train.seed), step)
 
             def loss(params, batch_abt, first_row):
-                transformer = nnx.merge(self.graph, params)
+                transformer = nnx.merge(self.graph, with_casts(params, cast))
                 cross_entropy, stats = transformer.losses(batch_abt, first_row, key, self.end_of_text)
                 layers = self.layout.axes("l")
                 balancing = collectives.total(jnp.sum(stats.load_balancing), layers)
@@ -144,6 +144,7 @@ class Program:
 
             # Parameters that devices share get a gradient on each; they are added up below, once a step.
             own = collectives.vary(params)
+            cast = casts(own, model.dtype)  # once a step
 
             rows = batch_abt.shape[1] * self.layout.ways("b")  # of a micro-batch
             # A pipeline has all micro-batches under way; else each has a gradient of its own.

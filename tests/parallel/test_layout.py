@@ -96,7 +96,7 @@ def test_gradients_of_gathered_weights_are_summed_in_the_weights_own_type(dtype)
 
     def on_device(w, scale):
         def loss(w):
-            whole = collectives.gather_weight(w, ("expert",), 0, dtype)
+            whole = collectives.gather_weight(w, w.astype(dtype), ("expert",), 0)
             return jnp.sum(whole.astype(jnp.float32) * scale), whole
 
         return jax.grad(loss, has_aux=True)(collectives.vary(w))
