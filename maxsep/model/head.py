@@ -1,7 +1,7 @@
 """The output head and its loss, fused: no copy of the logits outlives a block of positions."""
 
 import functools
-import itertools
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,8 +11,8 @@ from jax import lax
 from maxsep.parallel import collectives
 from maxsep.parallel.collectives import Axes
 
-# Logits that one device holds at a time, about; more where that would make too many blocks, each of which is compiled.
-BLOCK_LOGITS, MOST_BLOCKS = 8 * 2**20, 16
+# Logits that one device holds at a time, about. Each block reads and writes the table's gradient: few, large ones.
+BLOCK_LOGITS = 32 * 2**20
 
 
 def cross_entropy(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, ids: int, axes: Axes):
@@ -80,19 +80,21 @@ def log_probabilities(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array
     The arguments are those of `cross_entropy`. Not to be differentiated.
     """
     table = table_vd.astype(x_td.dtype)
-    blocks = (_block(ids, axes, x_td[at], table, targets_t[at])[0] for at in _blocks(x_td, table.shape[0]))
-    return -jnp.concatenate(list(blocks))
+    found = lax.map(lambda at: _block(ids, axes, at[0], table, at[1])[0], _blocks(x_td, targets_t, table.shape[0]))
+    return -found.ravel()[: x_td.shape[0]]
 
 
 def _first_id(rows: int, axes: Axes) -> jax.Array | int:
     return collectives.index(axes) * rows
 
 
-def _blocks(x_td: jax.Array, rows: int) -> list[slice]:
-    tokens = x_td.shape[0]
-    count = min(tokens, MOST_BLOCKS, -(-tokens * rows // BLOCK_LOGITS))
-    edges = [tokens * i // count for i in range(count + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+def _blocks(x_td: jax.Array, targets_t: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens [n, t, D] and targets [n, t] in blocks of a power of two, the last filled up with what counts nothing."""
+    tokens, width = x_td.shape
+    size = min(tokens, 2 ** int(math.log2(max(1, BLOCK_LOGITS // rows))))
+    more = -tokens % size
+    x_td, targets_t = jnp.pad(x_td, ((0, more), (0, 0))), jnp.pad(targets_t, (0, more), constant_values=-1)
+    return x_td.reshape(-1, size, width), targets_t.reshape(-1, size)
 
 
 def _block(ids, axes, x_td, table_vd, targets_t):
@@ -115,22 +117,33 @@ def _block(ids, axes, x_td, table_vd, targets_t):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss(ids, axes, x_td, table_vd, targets_t):
     table = table_vd.astype(x_td.dtype)
-    parts = (_block(ids, axes, x_td[at], table, targets_t[at])[0] for at in _blocks(x_td, table.shape[0]))
-    return collectives.vary(sum(map(jnp.sum, parts)) / collectives.size(axes))
+    blocks = _blocks(x_td, targets_t, table.shape[0])
+    parts = lax.map(lambda at: jnp.sum(_block(ids, axes, at[0], table, at[1])[0]), blocks)
+    return collectives.vary(jnp.sum(parts) / collectives.size(axes))
 
 
 def _loss_fwd(ids, axes, x_td, table_vd, targets_t):
-    """The gradient is made with the loss, block by block: nothing is computed twice, and no logits are kept."""
+    """The gradient is made with the loss, block by block: nothing is computed twice, and no logits are kept.
+
+    In a loop, in which the table's gradient is added up in place: unrolled, XLA keeps that of each block.
+    """
     table = table_vd.astype(x_td.dtype)
-    loss, dxs, dtable = 0.0, [], jnp.zeros_like(table_vd)
-    for at in _blocks(x_td, table.shape[0]):
-        x = x_td[at]
-        nll_t, d = _block(ids, axes, x, table, targets_t[at])
-        d = d.astype(x.dtype)
-        dxs.append(jnp.einsum("tv,vd->td", d, table))
-        dtable += jnp.einsum("tv,td->vd", d, x, preferred_element_type=dtable.dtype)
-        loss += jnp.sum(nll_t)
-    return collectives.vary(loss / collectives.size(axes)), (jnp.concatenate(dxs), dtable)
+
+    def one(x_td, targets_t):
+        nll_t, d = _block(ids, axes, x_td, table, targets_t)
+        d = d.astype(x_td.dtype)
+        dtable = jnp.einsum("tv,td->vd", d, x_td, preferred_element_type=table_vd.dtype)
+        return (jnp.sum(nll_t), dtable), jnp.einsum("tv,vd->td", d, table)
+
+    def add(sums, at):
+        more, dx_td = one(*at)
+        return jax.tree.map(jnp.add, sums, more), dx_td
+
+    blocks = _blocks(x_td, targets_t, table.shape[0])
+    nothing = collectives.zeros(jax.eval_shape(one, *(part[0] for part in blocks))[0])
+    (loss, dtable), dx = lax.scan(add, nothing, blocks)
+    dx_td = dx.reshape(-1, x_td.shape[1])[: x_td.shape[0]]
+    return collectives.vary(loss / collectives.size(axes)), (dx_td, dtable)
 
 
 def _loss_bwd(ids, axes, residuals, g):

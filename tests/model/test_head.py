@@ -15,7 +15,7 @@ from maxsep.parallel.mesh import make_mesh
 T, D, V = 24, 8, 128
 
 
-@pytest.mark.parametrize("block", [8 * 2**20, 7 * V])
+@pytest.mark.parametrize("block", [32 * 2**20, 7 * V, 16 * V])  # one, some, the last one filled up
 @pytest.mark.parametrize("vocab_size", [V, 100, 3])
 @pytest.mark.parametrize("ways", [1, 4])
 def test_equals_log_softmax(ways, vocab_size, block, monkeypatch):
