@@ -137,7 +137,7 @@ class ModelConfig:
     norm_eps: float = 1e-5  # added to the mean square
     tied_embedding: bool = False  # one matrix for embedding and output head
     scan_layers: bool = True  # one compiled layer in a loop (quick to compile), or each its own (faster on CPU)
-    remat: str = "none"  # what the backward pass recomputes: none, full (each block), dots (all but matrix products)
+    remat: str = "none"  # what the backward pass recomputes: none, full (each block), dots (no products, nothing sent)
     attention_kernel: str = "auto"  # auto, xla, cudnn (NVIDIA GPUs, bfloat16)
     dtype: str = "float32"  # of the computation: float32, bfloat16 (both with float32 weights), float64
 

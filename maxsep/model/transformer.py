@@ -202,7 +202,14 @@ def with_casts(params: dict, casts: dict) -> dict:
 
 def rematerialised(block: Callable, model: ModelConfig, layout: Layout) -> Callable:
     """`block`, which keeps for its backward pass what `model.remat` says."""
-    policy = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}.get(model.remat)
+    policy = None
+    if model.remat == "dots":
+        # Products, and what was received: else it is sent again. But no weights gathered from their parts.
+        received = ("all_to_all", "reduce_scatter") + ("all_gather",) * (layout.ways("w") == 1)
+
+        def policy(primitive, *args, **params):
+            return primitive.name in received or jax.checkpoint_policies.dots_saveable(primitive, *args, **params)
+
     if model.remat == "none":
         # All but what is made of weights: a layer's from their parts, and casts, which a pipeline would keep each tick.
         again = ("all_gather",) * (layout.ways("w") > 1) + ("convert_element_type",) * (layout.ways("l") > 1)
