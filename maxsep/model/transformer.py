@@ -197,6 +197,7 @@ def casts(params: dict, dtype) -> dict:
 
 
 def with_casts(params: dict, casts: dict) -> dict:
+    """Parameters that `use` takes in their `casts`; their gradients are those of the parameters."""
     return jax.tree.map(lambda w, cast: w if cast is None else Cast(w, cast), params, casts)
 
 

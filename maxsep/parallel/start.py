@@ -15,7 +15,7 @@ from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, paths
 from maxsep.config.validate import validate
 
-# On GPUs collectives run beside kernels that do not wait for them, and the program has the memory but for some GB, which
+# On GPUs collectives run beside kernels that do not wait for them, and the program has all memory but some GB, which
 # communication and libraries need. XLA by itself: they do not, and three quarters of it.
 SCHEDULER, MEMORY = "--xla_gpu_enable_latency_hiding_scheduler", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 HELD = 30.0  # seconds for which JAX's connections to process 0 stay open after its death

@@ -39,8 +39,8 @@ def _needs(rows: Sequence[Row], best: Row | None, cluster: Cluster) -> list[str]
     lines += ["", "GB (1e9 bytes) per device: what XLA reserves for the state, a batch and the step."]
     if cluster.gpu:
         lines += [
-            f"fits: in {LARGER_POOL:.0%} of a device's {giga(cluster.memory_bytes)} GB, which train.py lets XLA take (its "
-            f"default is {DEFAULT_POOL:.0%}); no: with the GB that a device would need.",
+            f"fits: in {LARGER_POOL:.0%} of a device's {giga(cluster.memory_bytes)} GB, as train.py lets XLA take "
+            f"(XLA's default: {DEFAULT_POOL:.0%}); no: with the GB that a device would need.",
             "NCCL, workspaces and the CUDA context take 1 to 3 GB more, which are not counted.",
         ]
     else:
