@@ -18,7 +18,7 @@ class Sent(NamedTuple):
 
 
 def inner(config: Config, near: int) -> str:
-    """`mesh.inner`, or the axis with which a device sends less to other nodes; else with which it sends less at all.
+    """`mesh.inner`, or the axis with which a device sends less to other nodes; where that is equal, which sends more.
 
     Args:
         config: with its mesh.
@@ -70,16 +70,18 @@ def _sent(config: Config) -> list[Sent]:
         joined("v", 2),
         Sent(layout.axes("e"), "exchange", own * passes * 2 * copies * tokens * model.d_model * cast),
     ]
-    matrices = 3 if model.activation == "swiglu" else 2
-    for letters, count in (
-        ("h", 2 * model.d_model * model.head_size * (model.heads + model.n_kv_heads)),
-        ("ef", model.experts * matrices * model.d_model * model.d_ff),
+    matrices, tables = 3 if model.activation == "swiglu" else 2, 1 if model.tied_embedding else 2
+    # Weights, and the bytes of each that a micro-batch gathers: layers forward and backward, the vocabulary's once.
+    for letters, count, gathered in (
+        ("h", own * 2 * model.d_model * model.head_size * (model.heads + model.n_kv_heads), 2 * cast),
+        ("ef", own * model.experts * matrices * model.d_model * model.d_ff, 2 * cast),
+        ("v", tables * model.padded_vocab_size * model.d_model, wide),
     ):
-        split = tuple(axis for letter in "l" + letters for axis in layout.axes(letter))
+        split = tuple(axis for letter in ("" if letters == "v" else "l") + letters for axis in layout.axes(letter))
         stored = tuple(axis for axis in layout.axes("w") if axis not in split)
-        size = own * count / math.prod(layout.ways(letter) for letter in letters)
+        size = count / math.prod(layout.ways(letter) for letter in letters)
         copied = tuple(axis for axis in AXES if axis not in split + stored)
-        # Gathered forward and backward, their gradients scattered, in each micro-batch; added up once a step.
-        sent.append(Sent(stored, "ring", train.accumulation * size * (2 * cast + wide)))
+        # Their gradients are scattered in each micro-batch where weights are gathered, and else added up once a step.
+        sent.append(Sent(stored, "ring", train.accumulation * size * (gathered + wide)))
         sent.append(Sent(copied, "ring", 2 * wide * size))
     return sent

@@ -31,8 +31,8 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
     Returns:
         `memory`: bytes per device by kind, at the peak, as `buffers.by_kind` has them, and their `total`. `schedule`:
         of `schedule.to_json`. `inner`: what `mesh.inner` is or auto chooses. `nodes`: of each partition, under either
-        choice. `model_flops`, `tokens`: of a step. `bubble`. `kernel`: of attention. `seconds` and `cpu_seconds` that
-        it all took.
+        choice. `model_flops`, `tokens`: of a step. `bubble`. `kernel`: of attention. `cpu_seconds` of this
+        process until now.
     """
     from maxsep.parallel.start import settle
 
@@ -44,7 +44,6 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
     from maxsep.parallel import mesh, order
     from maxsep.training.run import Run
 
-    began = time.monotonic()
     devices = _devices(cluster, cudnn)
     # The order of the devices changes no instruction, and XLA has complaints about another than this.
     with jax.set_mesh(mesh.mesh_of(mesh.arranged(devices, config.mesh, "expert"))), tempfile.TemporaryDirectory() as d:
@@ -62,7 +61,6 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
         "tokens": run.tokens,
         "bubble": run.bubble,
         "kernel": run.program.kernel,
-        "seconds": time.monotonic() - began,
         "cpu_seconds": time.process_time(),
     }
 

@@ -29,8 +29,7 @@ def _needs(rows: Sequence[Row], best: Row | None, cluster: Cluster) -> list[str]
     head = ("layout:mesh", "inner", "GB", "fits", "step s", "tokens/s per device", "MFU %", "mJ/token", "most of it")
     cells = []
     for row in rows:
-        no = f"no: {giga(row.memory_bytes_of_a_device)}"
-        fits = "yes" if row.fits else no
+        fits = "yes" if row.fits else f"no: {giga(row.memory_bytes_of_a_device)}"
         marked = row.name + (" *" if row is best else "")
         speeds = [_range(row, "step_seconds"), _range(row, "tokens_per_second_per_device", ",.0f")]
         speeds += [_range(row, "mfu", ".0f", 100), _range(row, "energy_joules_per_token", unit=1e3)]

@@ -34,28 +34,29 @@ def test_less_crosses_nodes_or_the_axis_that_sends_more_is_inside(shape, changed
     assert inner(replace(c, mesh=replace(c.mesh, inner=other)), near) == other, "what is asked for"
 
 
-# Bytes of a step from node to node with attention inside, and with expert; the compiled program's (docs/plan.md).
+# GB from node to node with attention inside, and with expert, as the compiled program sends them:
+# python -m maxsep.plan --config=configs/seed.py --cluster=a100-80gb:4x4
 STUDY = {
     ("ma", 4, 4): (39.7, 109.5),
     ("ma", 2, 8): (39.8, 62.9),
-    ("ma", 8, 2): (106.9, 161.6),
+    ("ma", 8, 2): (105.0, 157.9),
     ("ma_folded", 4, 4): (39.7, 128.9),
     ("ma_folded", 8, 2): (91.6, 143.9),
     ("tp", 4, 4): (20.3, 154.7),
     ("tp", 8, 2): (97.0, 180.5),
-    ("zero", 2, 8): (117.1, 497.7),
-    ("zero", 4, 4): (110.5, 1282.1),
-    ("zero", 8, 2): (800.3, 1490.4),
+    ("zero", 2, 8): (111.3, 494.8),
+    ("zero", 4, 4): (105.5, 1282.1),
+    ("zero", 8, 2): (798.6, 1490.4),
 }
 
 
 @pytest.mark.parametrize("layout, attention, expert", STUDY)
 def test_what_crosses_is_what_the_compiled_program_sends_there(layout, attention, expert):
-    """Within a fifth; but for the vocabulary's weights, which `zero` gathers too: it has 7 to 46 GB more of them."""
+    """Within a fifth: on 8x2 XLA sends tokens again, where memory is short."""
     mesh = MeshConfig(attention=attention, expert=expert)
     c = replace(files.load_config("configs/seed.py"), layout=layout, mesh=mesh)
     for axis, compiled in zip(("attention", "expert"), STUDY[layout, attention, expert], strict=True):
-        assert between(c, axis, 4) / 1e9 == pytest.approx(compiled, rel=0.21, abs=47 if layout == "zero" else 0)
+        assert between(c, axis, 4) / 1e9 == pytest.approx(compiled, rel=0.2)
     assert inner(c, 4) == "attention"
 
 
