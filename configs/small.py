@@ -6,6 +6,8 @@
 Expected: one H100 fits it with the batch below. Text of your own is what makes it useful; without any, it trains on
 the default corpus (about a million tokens), which it soon knows by heart.
 
+`remat` is full: on one H100, dots would be 3 % faster, but need 23.7 GB instead of 12.2 (`maxsep.plan`).
+
 Its experts have a capacity: on GPUs, XLA computes dropless experts as if every row went to each of them.
 """
 

@@ -3,7 +3,8 @@
     python -m maxsep.ablate --config=configs/ablations/study.py --workdir=runs/ablation
 
 Size tiny, the default, is for two CPU cores: float64, so that the losses of all runs can be compared to rounding, and
-20 steps. Size study (`--size=study`) is configs/seed.py, as it is but for the number of steps, on 16 GPUs.
+20 steps. Size study (`--size=study`) is configs/seed.py on 16 GPUs, with fewer steps and `model.remat=full`, without
+which pipelines do not fit.
 
 Expected of tiny: some 14 minutes on 2 cores, and losses that agree to 1e-9.
 """
@@ -40,6 +41,7 @@ def get_config(size="tiny"):
     config.data.eval_max_tokens = 1_000_000
     if size == "study":
         config.train.steps = 100  # of 50,000: enough for its times
+        config.model.remat = "full"  # under dots, pipelines need 156 to 264 GB per device
         return config
     if size != "tiny":
         raise ConfigError(f"--size: got {size!r}; takes tiny or study")

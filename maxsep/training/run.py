@@ -156,7 +156,11 @@ class Run:
         if self.stages == 1:
             return {}
         bubble = f"{self.bubble:.1%} of the layers' time (the larger train.accumulation, the less)"
-        return {"pipeline": f"{self.stages} stages, each idle for {bubble}"}
+        lines = {"pipeline": f"{self.stages} stages, each idle for {bubble}"}
+        if (remat := self.config.model.remat) != "full":
+            kept = f"what model.remat={remat} keeps, of all {self.config.train.accumulation} micro-batches at once"
+            lines["activations"] = f"{kept} (model.remat=full: only the inputs of blocks)"
+        return lines
 
     def _warmup(self) -> dict[str, str]:
         steps, warmup = self.config.train.steps, self.config.optimizer.warmup_steps

@@ -11,7 +11,7 @@ from maxsep.config.validate import validate
 from maxsep.measure.communication import STATISTICS, sent
 from maxsep.parallel.pipeline import bubble
 
-DOTS = {"model": {"remat": "dots"}}  # keeps what was received: nothing is sent twice
+FULL = {"model": {"remat": "full"}}  # sends again what dots, the config's own, keeps
 OTHER = {"model": {"capacity_factor": None, "capacity_group": None, "remat": "none"}, "optimizer": {"zero1": False}}
 
 
@@ -22,7 +22,7 @@ def cases():
             fast = layout in ("ma", "tp_pp", "zero") and number == 0
             yield pytest.param(layout, mesh, {}, id=f"{name}-seed", marks=[] if fast else pytest.mark.slow)
             if layout in ("ma", "zero") and number == 0:
-                yield pytest.param(layout, mesh, DOTS, id=f"{name}-dots")
+                yield pytest.param(layout, mesh, FULL, id=f"{name}-full")
             yield pytest.param(layout, mesh, OTHER, id=f"{name}-dropless", marks=pytest.mark.exhaustive)
 
 

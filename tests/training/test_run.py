@@ -41,11 +41,16 @@ def test_the_platform_is_that_of_the_meshs_devices(monkeypatch):
     assert run(**ON_GPU).program.layout.platform == "cpu"
 
 
-@pytest.mark.parametrize(("stages", "accumulation", "share"), [(1, 2, 0), (2, 2, 1 / 3), (2, 8, 1 / 9)])
-def test_a_pipeline_says_how_long_its_stages_are_idle(stages, accumulation, share):
-    c = config((stages, 1, 1), "pp", train={"accumulation": accumulation})
+@pytest.mark.parametrize(
+    ("stages", "accumulation", "remat", "share"), [(1, 2, "none", 0), (2, 2, "full", 1 / 3), (2, 8, "dots", 1 / 9)]
+)
+def test_a_pipeline_says_how_long_its_stages_are_idle_and_what_they_keep(stages, accumulation, remat, share):
+    c = config((stages, 1, 1), "pp", train={"accumulation": accumulation}, model={"remat": remat})
     with jax.set_mesh(make_mesh(c)):
         made = Run(c)
     assert made.bubble == pytest.approx(share)
     assert made.eval_shape[0] == stages, "an evaluation keeps every stage busy"
-    assert (f"idle for {share:.1%}" in made.described().get("pipeline", "")) == (stages > 1)
+    said = made.described()
+    assert (f"idle for {share:.1%}" in said.get("pipeline", "")) == (stages > 1)
+    kept = f"what model.remat={remat} keeps, of all {accumulation} micro-batches at once"
+    assert (kept in said.get("activations", "")) == (stages > 1 and remat != "full")
