@@ -50,10 +50,11 @@ def programs_are_shared():
 
 
 @pytest.fixture(autouse=True)
-def float64_off():
-    """A run in float64 turns it on for its process."""
+def types_as_before():
+    """A run sets what its process computes in: float64, and the precision of float32 products."""
     yield
     jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_default_matmul_precision", None)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ CHOICES = {
     "model.remat": ("none", "full", "dots"),
     "model.attention_kernel": ("auto", "xla", "cudnn"),
     "model.dtype": ("float32", "bfloat16", "float64"),
+    "model.float32_precision": ("highest", "tf32"),
 }
 
 
@@ -140,6 +141,12 @@ class ModelConfig:
     remat: str = "none"  # what the backward pass recomputes: none, full (each block), dots (no products, nothing sent)
     attention_kernel: str = "auto"  # auto, xla, cudnn (NVIDIA GPUs, bfloat16)
     dtype: str = "float32"  # of the computation: float32, bfloat16 (both with float32 weights), float64
+    float32_precision: str = "highest"  # of float32 products: highest, tf32 (NVIDIA GPUs: faster, 10 bits of fraction)
+
+    @property
+    def products(self) -> str:
+        """What matrix products are made in: bfloat16, tf32, float32 or float64."""
+        return "tf32" if self.dtype == "float32" and self.float32_precision == "tf32" else self.dtype
 
     @property
     def n_kv_heads(self) -> int:

@@ -9,41 +9,47 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxsep.config import ModelConfig
+from maxsep.config.cluster import PRECISIONS
 
-# Dense peak of matrix products with float32 accumulation, 1e12 FLOP/s a device, from the makers' data sheets: bfloat16,
-# float32, float64. None: the device has no such unit, or the sheet no such figure. float32 is what JAX does with
-# float32 products by default: TF32 on NVIDIA GPUs from Ampere on, bfloat16 passes on TPUs.
+
+def _tpu(bfloat16: float) -> tuple[float, float, float, None]:
+    """A TPU makes what JAX calls tensorfloat32 of three bfloat16 products, and float32 of six."""
+    return bfloat16, bfloat16 / 3, bfloat16 / 6, None
+
+
+# Dense peak of matrix products with float32 accumulation, 1e12 FLOP/s per device, in each of `PRECISIONS`, from the
+# makers' data sheets. None: the device has no such unit, or the sheet no such figure.
 # The first name that begins the device's kind counts, so longer names come first.
-PEAKS: dict[str, tuple[float | None, float | None, float | None]] = {
-    "NVIDIA GB200": (2500, 1250, 40),
-    "NVIDIA B200": (2250, 1125, 37),
-    "NVIDIA GH200": (989.4, 494.7, 67),
-    "NVIDIA H200 NVL": (835.5, 417.5, 60),
-    "NVIDIA H200": (989.4, 494.7, 67),
-    "NVIDIA H100 NVL": (835.5, 417.5, 60),
-    "NVIDIA H100 PCIe": (756, 378, 51),
-    "NVIDIA H100": (989.4, 494.7, 67),
-    "NVIDIA A100": (312, 156, 19.5),
-    "NVIDIA A40": (149.7, 74.8, None),
-    "NVIDIA A30": (165, 82, 10.3),
-    "NVIDIA A10G": (70, 35, None),
-    "NVIDIA A10": (125, 62.5, None),
-    "NVIDIA RTX A6000": (154.8, 77.4, None),
-    "NVIDIA L40S": (362, 183, None),
-    "NVIDIA L40": (181, 90.5, None),
-    "NVIDIA L4": (121, 60, None),
-    "NVIDIA GeForce RTX 5090": (209.5, 104.8, None),
-    "NVIDIA GeForce RTX 4090": (165.2, 82.6, None),
-    "NVIDIA GeForce RTX 3090": (71, 35.6, None),
-    "Tesla V100": (None, 15.7, 7.8),
-    "Tesla T4": (None, 8.1, None),
-    "TPU v2": (22.5, 22.5, None),  # a device is a core, half a chip
-    "TPU v3": (61.5, 61.5, None),  # likewise
-    "TPU v4": (275, 275, None),
-    "TPU v5 lite": (197, 197, None),  # v5e
-    "TPU v5": (459, 459, None),  # v5p
-    "TPU v6 lite": (918, 918, None),  # v6e
-    "TPU7x": (1153.5, 1153.5, None),  # a device is half a chip
+PEAKS: dict[str, tuple[float | None, float | None, float | None, float | None]] = {
+    "NVIDIA GB200": (2500, 1250, 80, 40),
+    "NVIDIA B200": (2250, 1125, 75, 37),
+    "NVIDIA GH200": (989.4, 494.7, 67, 67),
+    "NVIDIA H200 NVL": (835.5, 417.5, 60, 60),
+    "NVIDIA H200": (989.4, 494.7, 67, 67),
+    "NVIDIA H100 NVL": (835.5, 417.5, 60, 60),
+    "NVIDIA H100 PCIe": (756, 378, 51, 51),
+    "NVIDIA H100": (989.4, 494.7, 67, 67),
+    "NVIDIA A100": (312, 156, 19.5, 19.5),
+    "NVIDIA A40": (149.7, 74.8, 37.4, None),
+    "NVIDIA A30": (165, 82, 10.3, 10.3),
+    "NVIDIA A10G": (70, 35, 31.5, None),
+    "NVIDIA A10": (125, 62.5, 31.2, None),
+    "NVIDIA RTX A6000": (154.8, 77.4, 38.7, None),
+    "NVIDIA L40S": (362, 183, 91.6, None),
+    "NVIDIA L40": (181, 90.5, 90.5, None),
+    "NVIDIA L4": (121, 60, 30.3, None),
+    "NVIDIA GeForce RTX 5090": (209.5, 104.8, 104.8, None),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6, 82.6, None),
+    "NVIDIA GeForce RTX 3090": (71, 35.6, 35.6, None),
+    "Tesla V100": (None, None, 15.7, 7.8),
+    "Tesla T4": (None, None, 8.1, None),
+    "TPU v2": _tpu(22.5),  # a device is a core, half a chip
+    "TPU v3": _tpu(61.5),  # likewise
+    "TPU v4": _tpu(275),
+    "TPU v5 lite": _tpu(197),  # v5e
+    "TPU v5": _tpu(459),  # v5p
+    "TPU v6 lite": _tpu(918),  # v6e
+    "TPU7x": _tpu(1153.5),  # a device is half a chip
 }
 
 
@@ -64,12 +70,16 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     return 3 * 2 * (model.layers * (projections + scores + router + experts) + head)
 
 
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """FLOP/s that one device's data sheet promises for matrix products in `dtype`; None where it is not known."""
-    column = ("bfloat16", "float32", "float64").index(dtype)
+def peak_flops(device: jax.Device, products: str) -> float | None:
+    """FLOP/s that one device's data sheet promises for matrix products; None where it is not known.
+
+    `products` is one of `PRECISIONS`. Where a device has no TF32, it makes them in float32.
+    """
     for kind, peaks in PEAKS.items():
         if device.device_kind.startswith(kind):
-            return peaks[column] and peaks[column] * 1e12
+            by_name = dict(zip(PRECISIONS, peaks, strict=True))
+            peak = by_name[products] or (by_name["float32"] if products == "tf32" else None)
+            return peak and peak * 1e12
     return None
 
 
@@ -109,11 +119,11 @@ def measured_peak(dtype: str) -> float:
     return product.flops / min(seconds)
 
 
-def machine_peak(devices: list[jax.Device], dtype: str) -> float | None:
+def machine_peak(devices: list[jax.Device], products: str) -> float | None:
     """FLOP/s of all `devices` together: from data sheets, or measured on a CPU. None where a device is not known."""
     if devices[0].platform == "cpu":
-        return measured_peak(dtype)
-    peaks = [peak_flops(device, dtype) for device in devices]
+        return measured_peak("float32" if products == "tf32" else products)
+    peaks = [peak_flops(device, products) for device in devices]
     return None if None in peaks else sum(peaks)
 
 

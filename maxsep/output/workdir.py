@@ -49,6 +49,7 @@ RESUME_MAY_CHANGE = (
     "model.remat",
     "model.scan_layers",
     "model.attention_kernel",
+    "model.float32_precision",
 )
 
 SHARED = "takes a folder that all processes share"
@@ -78,6 +79,7 @@ INFERENCE_TAKES = (
     "data.begin_prompts",
     "model.attention_kernel",
     "model.dtype",
+    "model.float32_precision",
 )
 
 PACKAGES = ("maxsep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")

@@ -18,6 +18,7 @@ from maxsep.config.validate import validate
 # On GPUs collectives run beside kernels that do not wait for them, and the program has all memory but some GB, which
 # communication and libraries need. XLA by itself: they do not, and three quarters of it.
 SCHEDULER, MEMORY = "--xla_gpu_enable_latency_hiding_scheduler", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+PRECISION = {"float32": "highest", "tf32": "tensorfloat32"}  # JAX's names; by itself it takes TF32 on NVIDIA GPUs
 HELD = 30.0  # seconds for which JAX's connections to process 0 stay open after its death
 
 
@@ -79,6 +80,7 @@ def settle(config: Config, simulated: int) -> None:
     import jax
 
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
+    jax.config.update("jax_default_matmul_precision", PRECISION.get(config.model.products))
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", simulated)
 

@@ -97,7 +97,7 @@ def _filled(
     roles: Counter[str] = Counter()
     for (role, _, _), sent in cost.sent.items():
         roles[role] += sent.operand_bytes
-    speeds, slower = (_speeds(step, facts, config.model.dtype, cluster) for step in (cost.step, cost.step / REACHED))
+    speeds, slower = (_speeds(step, facts, config.model.products, cluster) for step in (cost.step, cost.step / REACHED))
     links = ("inside", "between")
     return replace(
         row,
@@ -126,11 +126,11 @@ def _filled(
     )
 
 
-def _speeds(step: float, facts: dict[str, Any], dtype: str, cluster: Cluster) -> dict[str, float | None]:
+def _speeds(step: float, facts: dict[str, Any], products: str, cluster: Cluster) -> dict[str, float | None]:
     """`SPEEDS` of a step that takes so many seconds; None where the cluster lacks a rate or its power."""
     speed = facts["tokens"] / step / cluster.devices
     try:
-        peak = rate(cluster, {"bfloat16": "bf16", "float32": "f32", "float64": "f64"}[dtype])
+        peak = rate(cluster, {"bfloat16": "bf16", "tf32": "f32", "float32": "f32 highest", "float64": "f64"}[products])
         mfu = facts["model_flops"] / cluster.devices / step / peak
     except UnknownRateError:
         mfu = None

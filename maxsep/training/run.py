@@ -138,11 +138,12 @@ class Run:
         micro = f" in {config.train.accumulation} micro-batches" if config.train.accumulation > 1 else ""
         state = memory.of_state(self.abstract_state)
         capacity = "dropless" if model.capacity_factor is None else f"capacity {model.capacity_factor}"
+        precision = f" ({model.float32_precision} precision)" if model.dtype == "float32" else ""
         return {
             "layout": f"{config.layout}: {config.mesh}",
             "devices": describe(devices) + neighbours(config, devices),
             "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
-            f"top {model.top_k}, {capacity}, {model.dtype}",
+            f"top {model.top_k}, {capacity}, {model.dtype}{precision}",
             "parameters": f"{model.parameters:,}",
             "state a device": ", ".join(f"{kind} {_size(count)}" for kind, count in state.items()),
             **({"XLA on GPUs": of_gpus()} if devices[0].platform == "gpu" else {}),

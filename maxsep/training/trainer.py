@@ -38,7 +38,7 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
         workdir.check_resume(folder, config, corpus.fingerprint)
     job.at("starting")
     mesh = make_mesh(config)
-    peak = flops.machine_peak(list(mesh.devices.flat), config.model.dtype)
+    peak = flops.machine_peak(list(mesh.devices.flat), config.model.products)
     with jax.set_mesh(mesh), console.surviving(), ExitStack() as stack:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))

@@ -3,7 +3,7 @@
 import pytest
 
 from maxsep.config import ConfigError
-from maxsep.config.cluster import FOLDER, load_cluster
+from maxsep.config.cluster import FOLDER, PRECISIONS, load_cluster
 from maxsep.measure.flops import PEAKS
 
 OWN = """
@@ -23,7 +23,7 @@ def test_the_clusters_here_have_the_peaks_of_the_table(name):
         assert cluster.flops is None, "measured"
         return
     peaks = next(peaks for kind, peaks in PEAKS.items() if cluster.gpu.name.startswith(kind))
-    assert [cluster.flops[kind] for kind in ("bfloat16", "tf32", "float64")] == [peak * 1e12 for peak in peaks]
+    assert [cluster.flops[kind] for kind in PRECISIONS] == [peak * 1e12 for peak in peaks]
 
 
 def test_a_file_of_ones_own_may_build_on_another(tmp_path):

@@ -49,31 +49,27 @@ class Device:
 
 
 @pytest.mark.parametrize(
-    "kind, bfloat16, float32",
+    "kind, bfloat16, tf32, float32",
     [
-        ("NVIDIA A100-SXM4-80GB", 312, 156),
-        ("NVIDIA A100-PCIE-40GB", 312, 156),
-        ("NVIDIA H100 80GB HBM3", 989.4, 494.7),
-        ("NVIDIA H100 PCIe", 756, 378),
-        ("NVIDIA H200", 989.4, 494.7),
-        ("NVIDIA B200", 2250, 1125),
-        ("NVIDIA L4", 121, 60),
-        ("NVIDIA L40S", 362, 183),
-        ("NVIDIA A10G", 70, 35),
-        ("NVIDIA A10", 125, 62.5),
-        ("Tesla V100-SXM2-16GB", None, 15.7),
-        ("Tesla T4", None, 8.1),
-        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
-        ("TPU v4", 275, 275),
-        ("TPU v5 lite", 197, 197),
-        ("TPU v5p", 459, 459),
-        ("TPU v6 lite", 918, 918),
-        ("Radeon", None, None),
+        ("NVIDIA A100-SXM4-80GB", 312, 156, 19.5),
+        ("NVIDIA A100-PCIE-40GB", 312, 156, 19.5),
+        ("NVIDIA H100 80GB HBM3", 989.4, 494.7, 67),
+        ("NVIDIA H100 PCIe", 756, 378, 51),
+        ("NVIDIA L4", 121, 60, 30.3),
+        ("NVIDIA L40S", 362, 183, 91.6),
+        ("NVIDIA A10G", 70, 35, 31.5),
+        ("NVIDIA A10", 125, 62.5, 31.2),
+        ("Tesla V100-SXM2-16GB", None, 15.7, 15.7),  # without TF32
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
+        ("TPU v4", 275, 275 / 3, 275 / 6),
+        ("TPU v5 lite", 197, 197 / 3, 197 / 6),
+        ("TPU v5p", 459, 459 / 3, 459 / 6),
+        ("Radeon", None, None, None),
     ],
 )
-def test_peaks_by_device_kind(kind, bfloat16, float32):
-    for dtype, expected in (("bfloat16", bfloat16), ("float32", float32)):
-        peak = flops.peak_flops(Device(kind), dtype)
+def test_peaks_by_device_kind(kind, bfloat16, tf32, float32):
+    for products, expected in (("bfloat16", bfloat16), ("tf32", tf32), ("float32", float32)):
+        peak = flops.peak_flops(Device(kind), products)
         assert peak == (expected and pytest.approx(expected * 1e12))
 
 
@@ -88,6 +84,6 @@ def test_machine_peak():
     # Simulated devices share one machine: its peak is measured once, whatever mesh is set.
     mesh = jax.make_mesh((4, 4), ("attention", "expert"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
-        assert 1e9 < flops.machine_peak(jax.devices(), "float32") < 1e14
+        assert 1e9 < flops.machine_peak(jax.devices(), "tf32") < 1e14  # which a CPU makes in float32
     assert flops.mfu(1000.0, 2e9, 4e12) == 0.5
     assert flops.mfu(1000.0, 2e9, None) is None

@@ -3,13 +3,19 @@
 import dataclasses
 import os
 import pwd
+import re
+from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import pytest
+from small import config
 
 from maxsep.config import ConfigError, MeshConfig, files
 from maxsep.config.paths import REPOSITORY
 from maxsep.parallel import start
+from maxsep.parallel.mesh import make_mesh
+from maxsep.training.run import Run
 
 TINY = files.load_config(str(REPOSITORY / "configs" / "tiny.py"))
 
@@ -149,6 +155,33 @@ def test_float64_is_on_only_where_it_is_asked_for():
 
 
 THREADS = [("", 64, "65"), ("x", 64, "65"), ("3", 4, "5"), ("4", 4, "5"), ("9", 4, "9"), ("", 1, "")]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "asked"),
+    [
+        ("float32", "highest", {"Precision.HIGHEST"}),
+        ("float32", "tf32", {"Precision.HIGHEST", "Precision.HIGH"}),  # a router's scores are exact in each
+        ("bfloat16", "tf32", {"Precision.HIGHEST"}),
+    ],
+)
+def test_float32_products_are_as_exact_as_is_asked_for(platform, dtype, precision, asked):
+    model = {"dtype": dtype, "float32_precision": precision, "attention_kernel": "xla"}
+    c = config(model=model, train={"batch_size": 1, "accumulation": 1})
+    start.settle(c, 16)
+    mesh = make_mesh(c)
+    with jax.set_mesh(mesh):
+        run = Run(c, platform=platform)
+        batch = jax.ShapeDtypeStruct(run.batch_shape, jnp.int32, sharding=run.batch_sharding)
+        step = str(jax.make_jaxpr(run.program.train_step)(run.abstract_state, batch))
+    products = len(re.findall(r"\b(?:dot_general|ragged_dot\w*)\[", step))
+    found = Counter(re.findall(r"precision=\(?(Precision\.\w+)", step))
+    assert found.keys() == asked
+    if dtype == "float32":
+        assert found.total() == products > 20, "each product says"
+    else:
+        assert found["Precision.HIGHEST"] == 3 < products, "the router's alone"
 
 
 @pytest.mark.parametrize(("threads", "devices", "left"), THREADS)

@@ -22,7 +22,9 @@ def test_attention_is_that_of_the_platform_compiled_for():
     for platform, kernel in ((None, "xla"), ("gpu", "cudnn"), ("tpu", "xla")):
         made = run(platform, **ON_GPU)
         assert made.program.kernel == made.described()["attention kernel"] == kernel
+        assert made.described()["model"].endswith(", dropless, bfloat16")
     assert run("gpu").program.kernel == "xla"  # float32
+    assert run(float32_precision="tf32").described()["model"].endswith(", float32 (tf32 precision)")
     with pytest.raises(ConfigError, match=r"^model\.attention_kernel: got cudnn, but the platform is cpu; takes xla"):
         run(attention_kernel="cudnn", **ON_GPU)
 
