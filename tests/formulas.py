@@ -38,11 +38,12 @@ def sent_bytes(c, state) -> dict[str, float]:
 
     attention = (2 + again) * (gather("h") + scatter("h"))
     if model.capacity_factor is None:
-        places = ways("e") * t * min(model.top_k, model.experts // ways("e"))
+        room = math.ceil(model.exchange_factor * t * model.top_k / ways("e"))
+        places = ways("e") * min(room, t * min(model.top_k, model.experts // ways("e")))
     else:
         group = model.capacity_group or t
         places = t // group * model.experts * math.ceil(group * model.top_k * model.capacity_factor / model.experts)
-    exchanges = (4 + 2 * again) * places * D * c_bytes if ways("e") > 1 else 0
+    exchanges = (4 + again) * places * D * c_bytes if ways("e") > 1 else 0
     dispatch = exchanges + (2 + again) * gather("f") + 2 * scatter("f")
     vocabulary = 2 * (gather("v") + scatter("v"))
     P = ways("l")

@@ -34,13 +34,14 @@ def devices_apart(c) -> tuple[int, int]:
 # Each config is compared with the dense oracle on its mesh; those of the fast suite have each value of each switch.
 FLOAT64 = {"dtype": "float64"}
 STEPS = {
-    "4x4, unrolled, dots, k 3, gelu, norms of each head, raw weights, ids that the tokenizer lacks": {
+    "4x4, unrolled, dots, k 3, gelu, many rounds, norms of each head, raw weights, ids that the tokenizer lacks": {
         "mesh": (4, 4),
         "model": {
             "scan_layers": False,
             "remat": "dots",
             "top_k": 3,
             "activation": "gelu",
+            "exchange_factor": 0.2,
             "qk_norm": "head",
             "normalize_top_k": False,
         },
@@ -59,10 +60,10 @@ STEPS = {
         "data": {"cross_document_attention": False},
         "optimizer": {"zero1": True},
     },
-    "ma_folded 4x4, kv heads replicated, clipped": {
+    "ma_folded 4x4, full, many rounds, kv heads replicated, clipped": {
         "layout": "ma_folded",
         "mesh": (4, 4),
-        "model": {"layers": 1, "kv_heads": 2, "clip_qkv": 1.0},
+        "model": {"layers": 1, "remat": "full", "exchange_factor": 0.2, "kv_heads": 2, "clip_qkv": 1.0},
     },
     "tp 8x2, capacity, accumulation, kv heads replicated, tied": {
         "layout": "tp",
@@ -98,10 +99,11 @@ SLOW_STEPS = {
         "train": {"batch_size": 32, "accumulation": 2},
         "data": {"cross_document_attention": False},
     },
-    "ma_folded 2x8, unrolled, dots, k 3, gelu": {
+    "ma_folded 2x8, unrolled, dots, k 3, gelu, many rounds": {
         "layout": "ma_folded",
         "mesh": (2, 8),
-        "model": FLOAT64 | {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
+        "model": FLOAT64
+        | {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu", "exchange_factor": 0.2},
     },
     "tp 4x4, unrolled, full, k 3, gelu, zero1": {
         "layout": "tp",
@@ -153,7 +155,15 @@ EXHAUSTIVE_STEPS = {
     "pp 4x1x4, unrolled, dots, k 3, gelu, zero1": {
         "layout": "pp",
         "mesh": (4, 1, 4),
-        "model": FLOAT64 | {"layers": 4, "scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
+        "model": FLOAT64
+        | {
+            "layers": 4,
+            "scan_layers": False,
+            "remat": "dots",
+            "top_k": 3,
+            "activation": "gelu",
+            "exchange_factor": 0.2,
+        },
         "train": FOUR_STAGES,
         "optimizer": {"zero1": True},
     },
@@ -165,9 +175,9 @@ EXHAUSTIVE_STEPS = {
         "optimizer": {"zero1": True},
     },
     "1x1": {"mesh": (1, 1)},
-    "2x8 unrolled, dots, k 3, gelu": {
+    "2x8 unrolled, dots, k 3, gelu, many rounds": {
         "mesh": (2, 8),
-        "model": {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu"},
+        "model": {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu", "exchange_factor": 0.3},
     },
     "1x16 capacity, accumulation": {
         "mesh": (1, 16),

@@ -69,13 +69,16 @@ def exchanges(program: Module) -> list[Instruction]:
     return [i for i in program.by_name.values() if i.collective == "all-to-all"]
 
 
-def test_a_layer_of_the_forward_pass_has_two_exchanges(programs):
+def test_a_layer_of_the_forward_pass_has_three_exchanges(programs):
+    """The rows there and back, and the router's weights of them."""
     (_, expert), forward = programs[0], programs[1].forward
     bodies = [i.body for i in forward.by_name.values() if i.body]
     assert bodies, "the layers are a loop"
     found = [sum(i.collective == "all-to-all" for i in forward.within(body)) for body in bodies]
-    assert sorted(found)[-1] == (2 if expert > 1 else 0)
-    assert len(exchanges(forward)) == (2 if expert > 1 else 0)
+    assert sorted(found)[-1] == (3 if expert > 1 else 0)
+    assert len(exchanges(forward)) == (3 if expert > 1 else 0)
+    of_weights = [i for i in exchanges(forward) if sum(a.elements for a in i.arrays) == E * C]
+    assert len(of_weights) == (expert > 1)
 
 
 @pytest.mark.parametrize("which", ["forward", pytest.param("step", marks=pytest.mark.slow)])
@@ -93,11 +96,11 @@ def test_tensor_parallelism_exchanges_no_tokens():
     assert exchanges(compiled((2, 2), "tp").forward) == []
 
 
-def test_folded_experts_are_exchanged_twice_over_the_whole_mesh():
+def test_folded_experts_are_exchanged_over_the_whole_mesh():
     forward = compiled((2, 2), "ma_folded").forward
     (body,) = (i.body for i in forward.by_name.values() if i.body)
-    assert [forward.devices(i) for i in forward.within(body) if i.collective == "all-to-all"] == [4, 4]
-    assert len(exchanges(forward)) == 2
+    assert [forward.devices(i) for i in forward.within(body) if i.collective == "all-to-all"] == [4, 4, 4]
+    assert len(exchanges(forward)) == 3
 
 
 @pytest.mark.slow  # the fast suite counts what stages send in measure/test_program.py

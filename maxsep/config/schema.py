@@ -131,6 +131,7 @@ class ModelConfig:
     activation: str = "swiglu"  # swiglu (three matrices an expert), gelu (two)
     capacity_factor: float | None = None  # places an expert has, over a balanced load; None: dropless
     capacity_group: int | None = None  # consecutive tokens over which capacity counts; None: a device's tokens
+    exchange_factor: float = 1.5  # dropless: room for rows to another device, over a balanced load; the rest follows
     expert_dropout: float = 0.0  # share of an expert's output features dropped in training
     load_balancing_coefficient: float = 0.01  # weight of that loss in the total
     router_z_coefficient: float = 0.001  # weight of that loss in the total

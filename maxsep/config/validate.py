@@ -152,7 +152,8 @@ def _model(config: Config) -> None:
     model = config.model
     _at_least(config, 1, "model.layers", "model.d_model", "model.heads", "model.kv_heads", "model.head_dim")
     _at_least(config, 1, "model.experts", "model.top_k", "model.d_ff", "model.vocab_size", "model.capacity_group")
-    _positive(config, "model.capacity_factor", "model.rope_theta", "model.norm_eps", "model.clip_qkv")
+    _positive(config, "model.capacity_factor", "model.exchange_factor", "model.rope_theta")
+    _positive(config, "model.norm_eps", "model.clip_qkv")
     _not_negative(config, "model.load_balancing_coefficient", "model.router_z_coefficient")
     _between(config, 0, 1, "model.expert_dropout")
     holds = model.heads % model.n_kv_heads == 0

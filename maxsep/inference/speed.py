@@ -79,7 +79,7 @@ def sweep(
 def forms(model: ModelConfig, platform: str, batches: Sequence[int]) -> Iterator[dict]:
     """Seconds of a layer's experts on the tokens of each batch, in every form, and the form that the rule chooses."""
     rng = np.random.default_rng(0)
-    inputs = 2 if model.activation == "swiglu" else 1
+    inputs, kernel = 2 if model.activation == "swiglu" else 1, experts.kernel(model, platform)
     shape = (1, model.experts, model.d_model, model.d_ff)
     w_in = [jnp.asarray(rng.normal(size=shape) / shape[2] ** 0.5, model.dtype) for _ in range(inputs)]
     w_out = jnp.asarray(rng.normal(size=(*shape[:2], *shape[:1:-1])) / shape[3] ** 0.5, model.dtype)
@@ -88,13 +88,13 @@ def forms(model: ModelConfig, platform: str, batches: Sequence[int]) -> Iterator
         rows_e = jnp.asarray(np.bincount(ids.ravel(), minlength=model.experts), jnp.int32)
         x_rd = jnp.asarray(rng.normal(size=(ids.size, model.d_model)), model.dtype)
         seconds = {}
-        for form in experts.forms(platform):
+        for form in experts.forms(kernel):
             product = jax.jit(functools.partial(experts.product, form, model.activation, layer=0))
             call = functools.partial(product, x_rd, rows_e, w_in, w_out)
             call().block_until_ready()
             taken = timed(lambda call=call: call().block_until_ready(), FORM_CALLS)["seconds"]
             seconds[str(form)] = statistics.median(taken)
-        chosen = experts.form(platform, ids.size, model.experts)
+        chosen = experts.form(kernel, ids.size, model.experts)
         yield {"task": "experts", "batch": batch, "rows": ids.size, "seconds": seconds, "chosen": str(chosen)}
 
 
@@ -102,12 +102,13 @@ def _facts(program: Program, decoder: "Decoder") -> dict:
     config, mesh = program.config, program.config.mesh
     # Of the rows that a device's experts may get in a step of decoding.
     split = program.single.ways("b") // program.single.ways("e") // program.single.ways("f")
+    kernel = experts.kernel(config.model, program.layout.platform)
     rows = max(1, decoder.batch.shape[0] // max(1, split)) * config.model.top_k
     return {
         "devices": mesh.devices,
         "layout": config.layout,
         "mesh": mesh.sizes,
-        "experts_form": experts.form(program.layout.platform, rows, config.model.experts // program.single.ways("e")),
+        "experts_form": experts.form(kernel, rows, config.model.experts // program.single.ways("e")),
     }
 
 

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from maxsep.measure.memory import bytes_on_device
+from maxsep.parallel.rounds import further
 
 COLLECTIVES = re.compile("all_gather|reduce_scatter|all_to_all|psum|pmax|pmin|ppermute")
 
@@ -38,7 +39,7 @@ def sent(function, *abstract_arguments, mesh: AbstractMesh, busy: float = 1) -> 
         abstract_arguments: shapes with shardings.
         mesh: on which it runs.
         busy: share of a pipeline's ticks in which a stage has work. So much counts of what conditionals send: there are
-            no others.
+            no others. Of a loop counts one turn, and none of the further rounds of an exchange.
     """
     with jax.sharding.use_abstract_mesh(mesh):
         jaxpr = jax.make_jaxpr(function)(*abstract_arguments).jaxpr
@@ -59,7 +60,7 @@ def _count(jaxpr, times: float, busy: float, scope: str, sizes: dict[str, int], 
             before, after = (bytes_on_device(x.aval) for x in (equation.invars[0], equation.outvars[0]))
             if after > before:
                 out[role(where)] += times * before
-        inner = times * {"scan": params.get("length", 1), "cond": busy}.get(name, 1)
+        inner = times * {"scan": params.get("length", 1), "cond": busy, "while": not further(where)}.get(name, 1)
         for value in params.values():
             for nested in value if isinstance(value, tuple) else (value,):  # a conditional has several
                 nested = getattr(nested, "jaxpr", nested)  # of a closed one

@@ -8,6 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
+from maxsep.parallel.rounds import further
+
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16}  # of an element; of other types their name says the bits
 
@@ -73,7 +75,9 @@ class Instruction:
 
     @property
     def trips(self) -> int | None:
-        """How often a loop runs; None where that depends on the data."""
+        """How often a loop runs; None where that depends on the data. Of further rounds (`in_rounds`): 0, as usual."""
+        if further(self.path):
+            return 0
         found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.attributes)
         return int(found[1]) if found else None
 
@@ -136,7 +140,8 @@ class Module:
             yield instruction, times
             inner = times
             if instruction.opcode == "while":
-                inner = None if times is None or instruction.trips is None else times * instruction.trips
+                known = times == 0 or None not in (times, instruction.trips)
+                inner = times * (instruction.trips or 0) if known else None
             elif instruction.opcode == "conditional" and times is not None:
                 inner = times * busy
             for called in instruction.called:

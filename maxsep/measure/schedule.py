@@ -13,6 +13,7 @@ from maxsep.measure import work
 from maxsep.measure.communication import role
 from maxsep.measure.hlo import Instruction, Module
 from maxsep.measure.parts import part_of
+from maxsep.parallel.rounds import further
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Schedule:
         groups: the partitions among which collectives send, a row each.
         busy: share of a pipeline's ticks in which a stage has work.
         unknown: what is not counted, by name, and how often it stands in the program: calls of libraries whose products
-            nobody has said, loops whose length depends on the data (counted as one turn).
+            nobody has said, loops whose length depends on the data (counted as one turn, further rounds as none).
     """
 
     steps: tuple[Step, ...]
@@ -102,7 +103,9 @@ def of(module: Module, busy: float = 1) -> Schedule:
         return tuple(step for instruction in module.computations[name] for step in made(instruction))
 
     def made(i: Instruction) -> Iterator[Step]:
-        if i.opcode == "while":
+        if i.opcode == "while" and further(i.path):
+            unknown[f"a loop of further rounds, in {part_of(i.path)}"] += 1
+        elif i.opcode == "while":
             if i.trips is None:
                 unknown[f"a loop whose length depends on the data, in {part_of(i.path)}"] += 1
             yield Loop(1 if i.trips is None else i.trips, steps(i.body))

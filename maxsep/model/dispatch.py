@@ -2,7 +2,9 @@
 
 Two forms, one signature: `with_capacity` gives every expert a fixed number of places and drops what does not fit;
 `dropless` drops nothing. Both move rows by gathers in both directions (the gradient of a gather whose inverse is known
-is a gather), never through tensors of tokens × experts × capacity.
+is a gather), never through tensors of tokens × experts × capacity. The router's weights go with the rows: they are
+multiplied before an expert's last product, so their gradient needs nothing that comes back, and rematerialisation
+neither computes nor sends that again.
 
 A *choice* is one of the T × N (token, expert) pairs, numbered token by token, a token's best expert first.
 """
@@ -16,6 +18,7 @@ from jax import lax
 from maxsep.model.experts import Experts
 from maxsep.parallel import collectives
 from maxsep.parallel.collectives import Axes
+from maxsep.parallel.rounds import in_rounds
 
 
 def capacity_of(tokens: int, top_k: int, experts: int, capacity_factor: float) -> int:
@@ -28,9 +31,16 @@ def capacity_of(tokens: int, top_k: int, experts: int, capacity_factor: float) -
 
 
 def with_capacity(
-    x_td: jax.Array, ids_tn: jax.Array, experts: Experts, n_experts: int, axes: Axes, factor: float, group: int | None
+    x_td: jax.Array,
+    ids_tn: jax.Array,
+    weights_tn: jax.Array,
+    experts: Experts,
+    n_experts: int,
+    axes: Axes,
+    factor: float,
+    group: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Results [T, N, D] of each choice and the number of dropped choices (int32) on this device.
+    """Results [T, N, D] of each choice, times its weight, and the number of dropped choices (int32) on this device.
 
     Within a group of `group` consecutive tokens (None: all of this device's) an expert has `capacity_of` places, given
     in the order of choices. A dropped choice's result is zero.
@@ -59,53 +69,89 @@ def with_capacity(
 
     rows = _spread(x_td, choice_egc.ravel(), slot_tn).reshape(n_experts, groups * capacity, -1)
     rows = collectives.exchange(rows, axes, split=0, concat=1)
-    rows = experts.padded(rows)
+    shares = _permute(weights_tn.ravel(), choice_egc.ravel(), slot_tn.ravel()).reshape(n_experts, -1)
+    shares = collectives.exchange(shares, axes, split=0, concat=1)
+    rows = experts.padded(rows, shares)
     rows = collectives.exchange(rows, axes, split=1, concat=0)
     y_tnd = _permute(rows.reshape(choice_egc.size, -1), slot_tn.ravel(), choice_egc.ravel())
     return y_tnd.reshape(tokens, top_n, -1), jnp.sum(~kept_gn, dtype=jnp.int32)
 
 
 def dropless(
-    x_td: jax.Array, ids_tn: jax.Array, experts: Experts, n_experts: int, axes: Axes
+    x_td: jax.Array,
+    ids_tn: jax.Array,
+    weights_tn: jax.Array,
+    experts: Experts,
+    n_experts: int,
+    axes: Axes,
+    factor: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Results [T, N, D] of each choice; none is dropped (the second result is 0).
+    """Results [T, N, D] of each choice, times its weight, and the number of rounds (int32); none is dropped.
 
-    Each pair of devices exchanges room for the most that one can send the other; the experts compute only what came.
+    In a round a device sends each other one at most `room_of` rows; what does not fit goes in further rounds. The
+    experts compute only what came.
     """
     tokens, top_n = ids_tn.shape
-    order, rank, count_e = (a[0] for a in _sort(ids_tn.reshape(1, -1), n_experts))
-    none = jnp.zeros((), jnp.int32)
-    if collectives.size(axes) == 1:
-        slot_tn = rank.reshape(tokens, top_n)
-        rows = experts.grouped(_spread(x_td, order, slot_tn), count_e)
-        return _permute(rows, rank, order).reshape(tokens, top_n, -1), none
-
     peers = collectives.size(axes)
     local = n_experts // peers  # experts on a device
-    room = tokens * min(top_n, local)  # rows that one device may send another
+    order, rank, count_e = (a[0] for a in _sort(ids_tn.reshape(1, -1), n_experts))
+    one = jnp.ones((), jnp.int32)
+    product, matrices = experts.grouped(x_td.dtype)
+    if peers == 1:
+        slot_tn = rank.reshape(tokens, top_n)
+        shares = _permute(weights_tn.ravel(), order, rank)
+        rows = product(_spread(x_td, order, slot_tn), shares, count_e, matrices)
+        return _permute(rows, rank, order).reshape(tokens, top_n, -1), one
 
+    room = room_of(tokens, top_n, local, peers, factor)
     # To peer p go the choices of its experts, which the sort has made neighbours.
     sent_p = count_e.reshape(peers, local).sum(axis=1)
-    start_p = jnp.cumsum(sent_p) - sent_p
-    place_r = jnp.arange(room)
-    at_pr = jnp.minimum(start_p[:, None] + place_r, order.size - 1)
-    choice_pr = jnp.where(place_r < sent_p[:, None], order[at_pr], order.size)
-    peer_n = ids_tn.ravel() // local
-    slot_tn = (peer_n * room + rank - start_p[peer_n]).reshape(tokens, top_n)
-
-    rows = _spread(x_td, choice_pr.ravel(), slot_tn)
-    rows = collectives.exchange(rows, axes, split=0, concat=0)
     came_pe = collectives.exchange(count_e, axes, split=0, concat=0).reshape(peers, local)
+    plan = ids_tn, order, rank, sent_p, came_pe
 
-    # Rows came as [peer, expert]; the experts want them as [expert, peer].
-    from_pe = jnp.cumsum(came_pe, axis=1) - came_pe + jnp.arange(peers)[:, None] * room
-    to_ep = (jnp.cumsum(came_pe.T.ravel()) - came_pe.T.ravel()).reshape(local, peers)
-    came_at, sorted_at = _regroup(from_pe, to_ep.T, came_pe, peers * room)
-    rows = experts.grouped(_permute(rows, came_at, sorted_at), came_pe.sum(axis=0))
-    rows = _permute(rows, sorted_at, came_at)
+    def round(number, operands, plan):
+        """What comes of the choices that go in this round; zeros for the others."""
+        x_td, weights_tn, matrices = operands
+        ids_tn, order, rank, sent_p, came_pe = plan
+        start_p = jnp.cumsum(sent_p) - sent_p
+        place_r = number * room + jnp.arange(room)
+        at_pr = jnp.minimum(start_p[:, None] + place_r, order.size - 1)
+        choice_pr = jnp.where(place_r < sent_p[:, None], order[at_pr], order.size)
+        peer_n = ids_tn.ravel() // local
+        place_n = rank - start_p[peer_n] - number * room
+        slot_n = jnp.where((place_n >= 0) & (place_n < room), peer_n * room + place_n, choice_pr.size)
 
-    rows = collectives.exchange(rows, axes, split=0, concat=0)
-    return _permute(rows, slot_tn.ravel(), choice_pr.ravel()).reshape(tokens, top_n, -1), none
+        rows = _spread(x_td, choice_pr.ravel(), slot_n.reshape(ids_tn.shape))
+        rows = collectives.exchange(rows, axes, split=0, concat=0)
+        shares = _permute(weights_tn.ravel(), choice_pr.ravel(), slot_n)
+        shares = collectives.exchange(shares, axes, split=0, concat=0)
+
+        # Rows came as [peer, expert]; the experts want them as [expert, peer].
+        until_pe = jnp.clip(jnp.cumsum(came_pe, axis=1) - number * room, 0, room)
+        now_pe = jnp.diff(until_pe, axis=1, prepend=0)
+        from_pe = until_pe - now_pe + jnp.arange(peers)[:, None] * room
+        to_ep = (jnp.cumsum(now_pe.T.ravel()) - now_pe.T.ravel()).reshape(local, peers)
+        came_at, sorted_at = _regroup(from_pe, to_ep.T, now_pe, peers * room)
+        rows, shares = (_permute(of, came_at, sorted_at) for of in (rows, shares))
+        rows = product(rows, shares, now_pe.sum(axis=0), matrices)
+        rows = _permute(rows, sorted_at, came_at)
+
+        rows = collectives.exchange(rows, axes, split=0, concat=0)
+        return _permute(rows, slot_n, choice_pr.ravel()).reshape(tokens, top_n, -1)
+
+    operands = x_td, weights_tn, matrices
+    if room == tokens * min(top_n, local):  # the most that there can be
+        return round(0, operands, plan), one
+    rounds = jnp.maximum(1, collectives.largest(jnp.max((sent_p + room - 1) // room), axes))
+    return in_rounds(round, rounds, operands, plan), rounds
+
+
+def room_of(tokens: int, top_n: int, local: int, peers: int, factor: float) -> int:
+    """Rows that a device may send another in a round: ceil(tokens × top_n / peers × factor).
+
+    At most what it can ever want to send one that has `local` experts.
+    """
+    return min(tokens * min(top_n, local), math.ceil(round(tokens * top_n * factor / peers, 9)))
 
 
 def at_home(x_td: jax.Array, ids_tn: jax.Array, experts: Experts, axes: Axes, layer: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,21 @@ from flax import nnx
 from jax import lax
 
 from maxsep.config import ModelConfig
+from maxsep.kernels import nvidia
+from maxsep.kernels.grouped import DTYPES, grouped_dot, grouped_rows
 from maxsep.model.layers import normal, use
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 
 BLOCK = 128  # rows of one product in the CPU's dropless path
+BLOCKS, GROUPED, RAGGED = "blocks", "grouped", "ragged_dot"
+KERNELS = {  # of dropless experts
+    # On CPUs XLA's ragged product computes every expert on every row.
+    BLOCKS: "blocks of rows, as many as there are",
+    GROUPED: "grouped products (Pallas)",
+    RAGGED: "lax.ragged_dot",
+}
+Weights = tuple[tuple[jax.Array, ...], jax.Array]  # w_gate and w_in, or w_in [E, D, F]; w_out [E, F, D]
 
 
 class Experts(nnx.Module):
@@ -25,68 +36,97 @@ class Experts(nnx.Module):
         if model.activation == "swiglu":
             self.w_gate_ledf = normal(rngs, layout, "ledf", (L, E, D, F), D**-0.5, dtype)
         self.w_out_lefd = normal(rngs, layout, "lefd", (L, E, F, D), (F * 2 * L) ** -0.5, dtype)
-        self.activation, self.platform = model.activation, layout.platform
+        self.activation, self.kernel = model.activation, kernel(model, layout.platform)
 
+    @jax.named_scope("experts")
     def _weights(self, dtype) -> tuple[tuple[jax.Array, ...], jax.Array]:
         inputs = (self.w_gate_ledf, self.w_in_ledf) if self.activation == "swiglu" else (self.w_in_ledf,)
         return tuple(use(w, dtype) for w in inputs), use(self.w_out_lefd, dtype)
 
     @jax.named_scope("experts")
-    def padded(self, x_ecd: jax.Array) -> jax.Array:
-        """[E, C, D] -> [E, C, D]: as many rows for each of this device's experts."""
+    def padded(self, x_ecd: jax.Array, share_ec: jax.Array) -> jax.Array:
+        """[E, C, D] -> [E, C, D], times `share_ec`: as many rows for each of this device's experts."""
         inputs, w_out = self._weights(x_ecd.dtype)
         h = _activate(self.activation, *(jnp.einsum("ecd,edf->ecf", x_ecd, w) for w in inputs))
-        return jnp.einsum("ecf,efd->ecd", h, w_out)
+        return jnp.einsum("ecf,efd->ecd", _weighted(h, share_ec[..., None]), w_out)
 
-    @jax.named_scope("experts")
-    def grouped(self, x_rd: jax.Array, rows_e: jax.Array) -> jax.Array:
-        """[R, D] -> [R, D]: rows sorted by expert, `rows_e` (int32) of them for each of this device's experts.
+    def grouped(self, dtype) -> tuple[Callable, Weights]:
+        """What takes rows to this device's experts, and their weights: ([R, D], [R], [E], weights) -> [R, D].
 
-        Rows after the last expert's are padding and come back as anything finite. XLA's ragged product computes every
-        expert on every row on CPU, so there the rows are taken in blocks, and only as many as there are.
+        It takes rows sorted by expert, the share that each row's result is multiplied by, and how many rows (int32)
+        each expert has. Rows after the last expert's are padding and come back as anything finite.
         """
-        inputs, w_out = self._weights(x_rd.dtype)
-        if self.platform == "cpu":
-            return _blocked(self.activation, x_rd, rows_e, inputs, w_out)
-        h = _activate(self.activation, *(lax.ragged_dot(x_rd, w, rows_e) for w in inputs))
-        return lax.ragged_dot(h, w_out, rows_e)
+        return functools.partial(_grouped, self.kernel, self.activation), self._weights(dtype)
 
     @jax.named_scope("experts")
     def used(self, x_rd: jax.Array, rows_e: jax.Array, layer: int) -> jax.Array:
-        """As `grouped`, for inference, with the weights of all layers, of which only those are read that are used."""
+        """Rows as for `grouped`, for inference, with all layers' weights, of which those are read that are used."""
         inputs, w_out = self._weights(x_rd.dtype)
-        chosen = form(self.platform, x_rd.shape[0], rows_e.size)
+        chosen = form(self.kernel, x_rd.shape[0], rows_e.size)
         return product(chosen, self.activation, x_rd, rows_e, inputs, w_out, layer)
 
 
-def form(platform: str, rows: int, experts: int) -> int | str:
-    """How `rows` rows are taken to `experts` experts: in blocks of so many rows, `gathered` or `ragged`; see `forms`.
+def kernel(model: ModelConfig, platform: str) -> str:
+    """What computes the products of dropless experts on `platform`: one of `KERNELS`."""
+    if platform == "cpu":
+        return BLOCKS
+    return RAGGED if _obstacle(model, platform) else GROUPED
+
+
+def described(model: ModelConfig, platform: str) -> str:
+    """The same for people, with the reason where it is not the best."""
+    chosen = kernel(model, platform)
+    return KERNELS[chosen] + (f" ({_obstacle(model, platform)})" if chosen == RAGGED else "")
+
+
+def _obstacle(model: ModelConfig, platform: str) -> str | None:
+    """Why `grouped_dot` cannot run."""
+    if model.dtype not in DTYPES:
+        return f"model.dtype is {model.dtype}"
+    return nvidia.obstacle(platform)
+
+
+@jax.named_scope("experts")
+def _grouped(
+    kernel: str, activation: str, x_rd: jax.Array, share_r: jax.Array, rows_e: jax.Array, weights: Weights
+) -> jax.Array:
+    """`Experts.grouped`, a function of the weights: its gradient is taken by itself where rows come in rounds."""
+    inputs, w_out = weights
+    if kernel == BLOCKS:
+        return _blocked(activation, x_rd, share_r, rows_e, inputs, w_out)
+    dot = {GROUPED: grouped_dot, RAGGED: lax.ragged_dot}[kernel]
+    h = _activate(activation, *(dot(x_rd, w, rows_e) for w in inputs))
+    return dot(_weighted(h, share_r[:, None]), w_out, rows_e)
+
+
+def form(kernel: str, rows: int, experts: int) -> int | str:
+    """How `rows` rows are taken to `experts` experts in inference: `kernel`, on CPUs in blocks of so many rows.
 
     Blocks have the power of two next to the mean rows of an expert and one: on 2 quiet cores the fastest or nearly so,
-    from 2 to 512 rows for 16 experts (docs/benchmarks.md, "Decoding"). The rule for accelerators is by the bytes that
-    are read: not measured.
+    from 2 to 512 rows for 16 experts (docs/benchmarks.md, "Decoding").
     """
-    if platform == "cpu":
-        return min(BLOCK, 2 ** round(math.log2(1 + rows / experts)))
-    return "gathered" if rows <= experts else "ragged"
+    return min(BLOCK, 2 ** round(math.log2(1 + rows / experts))) if kernel == BLOCKS else kernel
 
 
-def forms(platform: str) -> tuple[int | str, ...]:
-    """What `form` chooses from. `gathered` copies each row's weights; `ragged` reads all experts'."""
-    return tuple(2**power for power in range(BLOCK.bit_length())) if platform == "cpu" else ("gathered", "ragged")
+def forms(kernel: str) -> tuple[int | str, ...]:
+    """What `form` chooses from, and what else could be: on GPUs XLA's own product."""
+    if kernel == BLOCKS:
+        return tuple(2**power for power in range(BLOCK.bit_length()))
+    return (GROUPED, RAGGED) if kernel == GROUPED else (RAGGED,)
 
 
 def product(form: int | str, activation: str, x_rd, rows_e, inputs, w_out, layer: int) -> jax.Array:
     """`Experts.used` in one of `forms`."""
-    if form == "gathered":
-        expert_r = jnp.searchsorted(jnp.cumsum(rows_e), jnp.arange(x_rd.shape[0]), side="right")
-        expert_r = jnp.minimum(expert_r, rows_e.size - 1)
-        h = _activate(activation, *(jnp.einsum("rd,rdf->rf", x_rd, w[layer, expert_r]) for w in inputs))
-        return jnp.einsum("rf,rfd->rd", h, w_out[layer, expert_r])
-    if form == "ragged":
-        h = _activate(activation, *(lax.ragged_dot(x_rd, w[layer], rows_e) for w in inputs))
-        return lax.ragged_dot(h, w_out[layer], rows_e)
-    return _by_block(form, activation, x_rd, rows_e, inputs, w_out, layer)
+    if form not in KERNELS:
+        return _by_block(form, activation, x_rd, rows_e, inputs, w_out, layer)
+
+    def dot(x, w):
+        if form == RAGGED:
+            return lax.ragged_dot(x, w[layer], rows_e)
+        # Of all layers' experts, so that the layer's are not copied; those without rows are not read.
+        return grouped_rows(x, w.reshape(-1, *w.shape[2:]), rows_e, first=layer * rows_e.size)
+
+    return dot(_activate(activation, *(dot(x_rd, w) for w in inputs)), w_out)
 
 
 def _by_block(size: int, activation, x_rd, rows_e, inputs, w_out, layer):
@@ -117,6 +157,11 @@ def _activate(activation: str, *hidden: jax.Array) -> jax.Array:
         gate, up = hidden
         return jax.nn.silu(gate) * up
     return _gelu(*hidden)
+
+
+def _weighted(h: jax.Array, share: jax.Array) -> jax.Array:
+    """Hidden rows times their shares, which are float32 or wider, as is the sum that is their gradient."""
+    return (h.astype(share.dtype) * share).astype(h.dtype)
 
 
 @jax.custom_jvp
@@ -155,16 +200,16 @@ def _put(x_rd: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(activation, x_rd, rows_e, inputs, w_out):
-    return _blocked_fwd(activation, x_rd, rows_e, inputs, w_out)[0]
+def _blocked(activation, x_rd, share_r, rows_e, inputs, w_out):
+    return _blocked_fwd(activation, x_rd, share_r, rows_e, inputs, w_out)[0]
 
 
-def _blocked_fwd(activation, x_rd, rows_e, inputs, w_out):
+def _blocked_fwd(activation, x_rd, share_r, rows_e, inputs, w_out):
     """One expert after the other, each in blocks of rows.
 
     A last block runs into the next expert's rows; that expert overwrites them in turn.
     """
-    x = _pad(x_rd)
+    x, share = _pad(x_rd), _pad(share_r[:, None])
     starts, blocks = _plan(rows_e)
     hidden = tuple(collectives.vary(jnp.zeros((x.shape[0], w.shape[-1]), x.dtype)) for w in inputs)
 
@@ -176,40 +221,48 @@ def _blocked_fwd(activation, x_rd, rows_e, inputs, w_out):
             at = start + i * BLOCK
             row = _rows(x, at)
             h = tuple(row @ w for w in w_in)
-            return _put(y, _activate(activation, *h) @ w_o, at), tuple(map(lambda b, v: _put(b, v, at), hidden, h))
+            out = _weighted(_activate(activation, *h), _rows(share, at)) @ w_o
+            return _put(y, out, at), tuple(map(lambda b, v: _put(b, v, at), hidden, h))
 
         return lax.fori_loop(0, n, block, carry), None
 
     (y, hidden), _ = lax.scan(expert, (jnp.zeros_like(x), hidden), (starts, blocks, inputs, w_out))
-    return y[: x_rd.shape[0]], (x_rd, rows_e, inputs, w_out, hidden)
+    return y[: x_rd.shape[0]], (x_rd, share_r, rows_e, inputs, w_out, hidden)
 
 
 def _blocked_bwd(activation, residuals, g_rd):
-    x_rd, rows_e, inputs, w_out, hidden = residuals
-    x, g = _pad(x_rd), _pad(g_rd)
+    x_rd, share_r, rows_e, inputs, w_out, hidden = residuals
+    x, g, share = _pad(x_rd), _pad(g_rd), _pad(share_r[:, None])
     starts, blocks = _plan(rows_e)
 
-    def expert(dx, per_expert):
+    def expert(carry, per_expert):
         start, rows, n, w_in, w_o = per_expert
 
         def block(i, carry):
-            dx, dw_in, dw_o = carry
+            dx, dshare, dw_in, dw_o = carry
             at = start + i * BLOCK
             own = (i * BLOCK + jnp.arange(BLOCK) < rows)[:, None]  # the next expert's rows are not this one's gradient
             row, g_row = _rows(x, at), jnp.where(own, _rows(g, at), 0)
-            act, pull = jax.vjp(functools.partial(_activate, activation), *(_rows(h, at) for h in hidden))
-            dh = pull(g_row @ w_o.T)
+            weighted, pull = jax.vjp(
+                lambda share, *h: _weighted(_activate(activation, *h), share),
+                _rows(share, at),
+                *(_rows(h, at) for h in hidden),
+            )
+            ds, *dh = pull(g_row @ w_o.T)
             dw_in = tuple(dw + row.T @ d for dw, d in zip(dw_in, dh, strict=True))
-            return _put(dx, sum(d @ w.T for d, w in zip(dh, w_in, strict=True)), at), dw_in, dw_o + act.T @ g_row
+            dx = _put(dx, sum(d @ w.T for d, w in zip(dh, w_in, strict=True)), at)
+            return dx, _put(dshare, ds, at), dw_in, dw_o + weighted.T @ g_row
 
         zeros = jax.tree.map(jnp.zeros_like, (w_in, w_o))
-        dx, dw_in, dw_o = lax.fori_loop(0, n, block, (dx, *zeros))
-        return dx, (dw_in, dw_o)
+        *carry, dw_in, dw_o = lax.fori_loop(0, n, block, (*carry, *zeros))
+        return tuple(carry), (dw_in, dw_o)
 
-    dx, (dw_in, dw_out) = lax.scan(expert, jnp.zeros_like(x), (starts, rows_e, blocks, inputs, w_out))
+    nothing = jnp.zeros_like(x), jnp.zeros_like(share)
+    (dx, dshare), (dw_in, dw_out) = lax.scan(expert, nothing, (starts, rows_e, blocks, inputs, w_out))
     # Rows after the last expert's are padding, whose gradient is nothing.
     used = jnp.arange(x_rd.shape[0])[:, None] < jnp.sum(rows_e)
-    return jnp.where(used, dx[: x_rd.shape[0]], 0), None, dw_in, dw_out
+    dx, dshare = (jnp.where(used, d[: x_rd.shape[0]], 0) for d in (dx, dshare))
+    return dx, dshare[:, 0], None, dw_in, dw_out
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)

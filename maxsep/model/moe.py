@@ -20,6 +20,7 @@ class MoEStats(NamedTuple):
     router_z: jax.Array  # unscaled
     load_e: jax.Array  # int32, choices of each expert
     dropped: jax.Array  # int32, choices without a place
+    rounds: jax.Array  # int32, of the exchange between devices: this device's own
 
 
 class MoE(nnx.Module):
@@ -50,17 +51,17 @@ class MoE(nnx.Module):
 
             x_td, ids_tn, weights_tn = (joined(own_t) for own_t in (x_td, routing.ids_tn, routing.weights_tn))
             axes = layout.axes("e")
+            to = x_td, ids_tn, weights_tn, self.experts, model.experts, axes
+            dropped, rounds = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
             if model.capacity_factor is None:
-                y_tnd, dropped = dispatch.dropless(x_td, ids_tn, self.experts, model.experts, axes)
+                y_tnd, rounds = dispatch.dropless(*to, model.exchange_factor)
             else:
-                y_tnd, dropped = dispatch.with_capacity(
-                    x_td, ids_tn, self.experts, model.experts, axes, model.capacity_factor, model.capacity_group
-                )
+                y_tnd, dropped = dispatch.with_capacity(*to, model.capacity_factor, model.capacity_group)
             if dropout_key is not None:
                 y_tnd *= _dropout_mask(
                     dropout_key, token_bs.ravel(), y_tnd.shape[1:], model.expert_dropout, y_tnd.dtype
                 )
-            y_td = jnp.einsum("tn,tnd->td", weights_tn.astype(y_tnd.dtype), y_tnd)
+            y_td = jnp.sum(y_tnd, axis=1)
             y_bsd = layout.part(y_td.reshape(*token_bs.shape, -1), together)
         apart, along = layout.token_axes, layout.in_stage
         stats = MoEStats(
@@ -68,6 +69,7 @@ class MoE(nnx.Module):
             layout.total(routing.router_z, apart, along),
             routing.load_e,
             layout.total(dropped, tuple(axis for axis in apart if axis not in together), along),
+            rounds,
         )
         return y_bsd, stats
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import lax
 
 from maxsep.config import ConfigError, ModelConfig
+from maxsep.kernels import nvidia
 from maxsep.model import head
 from maxsep.model.attention import Attention
 from maxsep.model.layers import Cast, Embedding, RMSNorm, normal, use
@@ -207,9 +208,10 @@ def rematerialised(block: Callable, model: ModelConfig, layout: Layout) -> Calla
     if model.remat == "dots":
         # Products, and what was received: else it is sent again. But no weights gathered from their parts.
         received = ("all_to_all", "reduce_scatter") + ("all_gather",) * (layout.ways("w") == 1)
+        kept = (*received, "pallas_call")  # a grouped product, which JAX does not know to be one
 
         def policy(primitive, *args, **params):
-            return primitive.name in received or jax.checkpoint_policies.dots_saveable(primitive, *args, **params)
+            return primitive.name in kept or jax.checkpoint_policies.dots_saveable(primitive, *args, **params)
 
     if model.remat == "none":
         # All but what is made of weights: a layer's from their parts, and casts, which a pipeline would keep each tick.
@@ -241,15 +243,11 @@ def attention_kernel(model: ModelConfig, platform: str) -> str:
     if model.attention_kernel == "xla":
         return "xla"
     # cuDNN's flash attention takes 16-bit numbers, and heads of multiples of 8 up to 128 on every GPU since Ampere.
-    obstacle = None
-    if platform not in ("gpu", "cuda"):
-        obstacle = f"the platform is {platform}"
-    elif jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8:
-        obstacle = f"this machine has {jax.devices()[0].device_kind}, older than Ampere"
-    elif model.dtype != "bfloat16":
-        obstacle = f"model.dtype is {model.dtype}"
-    elif model.head_size % 8 or model.head_size > 128:
-        obstacle = f"heads have size {model.head_size}, no multiple of 8 up to 128"
+    obstacle = nvidia.obstacle(platform)
+    if model.dtype != "bfloat16":
+        obstacle = obstacle or f"model.dtype is {model.dtype}"
+    if model.head_size % 8 or model.head_size > 128:
+        obstacle = obstacle or f"heads have size {model.head_size}, no multiple of 8 up to 128"
     if obstacle is None:
         return "cudnn"
     if model.attention_kernel == "cudnn":

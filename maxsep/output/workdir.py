@@ -50,6 +50,7 @@ RESUME_MAY_CHANGE = (
     "model.scan_layers",
     "model.attention_kernel",
     "model.float32_precision",
+    "model.exchange_factor",
 )
 
 SHARED = "takes a folder that all processes share"

@@ -61,14 +61,15 @@ def _sent(config: Config) -> list[Sent]:
         return Sent(axes, "ring", times * 2 * layout.ways(letter) * tokens * model.d_model * cast)
 
     experts = layout.ways("e")
-    copies = experts * min(model.top_k, model.experts / experts)
+    copies = min(model.top_k * model.exchange_factor, experts * min(model.top_k, model.experts / experts))
     if model.capacity_factor is not None:
         copies = model.top_k * model.capacity_factor
     sent = [
         joined("h", own * passes),
         joined("f", own * passes),
         joined("v", 2),
-        Sent(layout.axes("e"), "exchange", own * passes * 2 * copies * tokens * model.d_model * cast),
+        # Rows go there and back, and their gradients; rematerialisation repeats the way there.
+        Sent(layout.axes("e"), "exchange", own * (passes + 2) * copies * tokens * model.d_model * cast),
     ]
     matrices, tables = 3 if model.activation == "swiglu" else 2, 1 if model.tied_embedding else 2
     # Weights, and the bytes of each that a micro-batch gathers: layers forward and backward, the vocabulary's once.

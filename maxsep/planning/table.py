@@ -65,7 +65,14 @@ def _times(rows: Sequence[Row]) -> list[str]:
         "inside, between: what collectives take on the links of a node and between nodes, covered or not.",
     ]
     unknown = sorted({name for row in rows for name in row.not_priced})
-    return lines + [f"not priced: {name}" + (" (one turn is)" if "loop" in name else "") for name in unknown]
+    return lines + [f"not priced: {name}{_counted(name)}" for name in unknown]
+
+
+def _counted(name: str) -> str:
+    """What is, of something that is not."""
+    if "further rounds" in name:
+        return " (usually none is needed: the metric exchange_rounds)"
+    return " (one turn is)" if "loop" in name else ""
 
 
 def _detail(row: Row) -> list[str]:

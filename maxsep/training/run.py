@@ -15,6 +15,7 @@ from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
 from maxsep.measure import flops, memory
+from maxsep.model import experts
 from maxsep.model.layers import jitted_init
 from maxsep.output import metrics
 from maxsep.output.checkpoint import Checkpoints
@@ -148,6 +149,7 @@ class Run:
             "state a device": ", ".join(f"{kind} {_size(count)}" for kind, count in state.items()),
             **({"XLA on GPUs": of_gpus()} if devices[0].platform == "gpu" else {}),
             "attention kernel": self.program.kernel,
+            **({} if model.capacity_factor else {"experts": experts.described(model, self.program.layout.platform)}),
             "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
             **self._pipeline(),
             **self._warmup(),

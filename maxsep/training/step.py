@@ -137,6 +137,7 @@ class Program:
                     "total_loss": total,
                     "load_balancing_loss": balancing / (accumulation * model.layers),
                     "router_z_loss": z / (accumulation * model.layers),
+                    "exchange_rounds": collectives.vary(jnp.sum(stats.rounds)),
                     "load_le": stats.load_e,
                     "dropped_l": stats.dropped,
                 }
@@ -161,11 +162,15 @@ class Program:
 
             nothing = collectives.zeros(jax.eval_shape(loss, own, batch_nabt[0], 0)[1])
             metrics, _ = lax.scan(add, nothing, (jnp.arange(count), batch_nabt))
+            # Each device's own until here: the layers exchange nothing for it.
+            layers = accumulation * model.layers / self.layout.ways("l")
+            rounds = collectives.total(metrics["exchange_rounds"], AXES)
+            metrics["exchange_rounds"] = rounds / (layers * collectives.size(AXES))
             gradients = jax.tree.map(jax.freeze, sums)
             with jax.named_scope("gradient_reduction"):
                 return jax.tree.map(self._reduce, gradients, self.param_specs, self.zero_specs), metrics
 
-        means = dict.fromkeys(("loss", "total_loss", "load_balancing_loss", "router_z_loss"), P())
+        means = dict.fromkeys(("loss", "total_loss", "load_balancing_loss", "router_z_loss", "exchange_rounds"), P())
         layers = {"load_le": self.layout.spec("l-"), "dropped_l": self.layout.spec("l")}
         gradients, metrics = jax.shard_map(
             on_device,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxsep.model.dispatch import _regroup, _sort, capacity_of
+from maxsep.model.dispatch import _regroup, _sort, capacity_of, room_of
 
 
 @pytest.mark.parametrize("factor", ["1", "1.1", "1.25", "0.7", "2.0", "0.01"])
@@ -17,6 +17,14 @@ def test_capacity_is_the_exact_ceiling(factor):
         for top_k, experts in [(1, 1), (2, 16), (3, 7), (8, 64)]:
             exact = math.ceil(Fraction(tokens * top_k, experts) * Fraction(factor))
             assert capacity_of(tokens, top_k, experts, float(factor)) == min(exact, tokens)
+
+
+def test_a_room_is_the_exact_ceiling_and_at_most_what_there_can_be():
+    assert room_of(10, 2, 4, 4, 1.1) == 6  # 5.5
+    assert room_of(10, 2, 4, 4, 1.2) == 6  # in floats a little more than 6
+    assert room_of(10, 2, 4, 4, 100) == 20
+    assert room_of(10, 2, 1, 16, 100) == 10, "a token chooses an expert once"
+    assert room_of(1, 1, 1, 16, 0.1) == 1
 
 
 def test_sort_keeps_the_order_within_an_expert():

@@ -11,6 +11,7 @@ from maxsep.config import Config
 from maxsep.config.cluster import load_cluster
 from maxsep.measure import hlo, program, schedule
 from maxsep.parallel.mesh import make_mesh
+from maxsep.parallel.start import settle
 from maxsep.planning import compilation, rows
 from maxsep.training.run import Run
 
@@ -84,6 +85,7 @@ def test_twice_the_layers_double_all_but_the_head():
 def is_that_of_train_py(c: Config) -> None:
     """Memory and collectives, whatever the order of the devices, which in train.py follows `mesh.inner`."""
     facts = found(c)
+    settle(c, c.mesh.devices)
     c = replace(c, mesh=replace(c.mesh, inner="attention"))
     with jax.set_mesh(make_mesh(c)):
         run = Run(c)

@@ -29,13 +29,28 @@ def test_attention_is_that_of_the_platform_compiled_for():
         run(attention_kernel="cudnn", **ON_GPU)
 
 
-@pytest.mark.parametrize(("platform", "ragged"), [(None, False), ("gpu", True)])
-def test_experts_are_those_of_the_platform_compiled_for(platform, ragged):
-    made = run(platform)
-    batch = jax.ShapeDtypeStruct(made.eval_shape, jnp.int32, sharding=made.batch_sharding)
-    with jax.set_mesh(made.mesh):
-        traced = str(jax.make_jaxpr(made.program.eval_step)(made.abstract_state.params, batch))
-    assert ("ragged_dot" in traced) == ragged
+@pytest.mark.parametrize(
+    ("platform", "dtype", "product", "says"),
+    [
+        (None, "float32", None, "blocks of rows, as many as there are"),
+        ("gpu", "float32", "grouped_rows", "grouped products (Pallas)"),
+        ("gpu", "float64", "ragged_dot", "lax.ragged_dot (model.dtype is float64)"),
+        ("tpu", "bfloat16", "ragged_dot", "lax.ragged_dot (the platform is tpu)"),
+    ],
+)
+def test_experts_are_those_of_the_platform_compiled_for(platform, dtype, product, says):
+    with jax.enable_x64(dtype == "float64"):
+        made = run(platform, dtype=dtype)
+        batch = jax.ShapeDtypeStruct(made.eval_shape, jnp.int32, sharding=made.batch_sharding)
+        with jax.set_mesh(made.mesh):
+            traced = str(jax.make_jaxpr(made.program.eval_step)(made.abstract_state.params, batch))
+    found = {name for name in ("grouped_rows", "ragged_dot") if name in traced}
+    assert found == ({product} if product else set())
+    assert made.described()["experts"] == says
+
+
+def test_what_has_a_capacity_needs_no_kernel():
+    assert "experts" not in run("gpu", capacity_factor=1.0).described()
 
 
 def test_the_platform_is_that_of_the_meshs_devices(monkeypatch):
