@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton
 
 DTYPES = ("bfloat16", "float32")
 ROWS, WEIGHTS = "grouped_rows", "grouped_weights"  # the kernels' names, in programs and profiles
+HIGHEST = "_highest"  # after the name where float32 products are exact
 UNIT = 16  # the smallest side of a tensor core's block: other sizes are padded to a multiple
 SIDE_BY_SIDE = 8  # blocks of rows that run at the same time, so that the second-level cache serves both operands
 
@@ -111,6 +112,8 @@ def _padded(x: jax.Array) -> jax.Array:
 
 def _call(kernel, name: str, shape, grid, blocks: Blocks, interpret: bool, *operands):
     like = operands[-1]
+    if like.dtype == jnp.float32 and jax.config.jax_default_matmul_precision == "highest":
+        name += HIGHEST
     out = jax.ShapeDtypeStruct(shape, like.dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
     options = {} if interpret else {"compiler_params": triton.CompilerParams(blocks.warps, blocks.stages)}
     return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=interpret, name=name, **options)(*operands)

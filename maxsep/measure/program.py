@@ -63,14 +63,14 @@ def by_role(found: list[Sent], wire: bool = False) -> Counter[str]:
     return out
 
 
-def products(module: Module, busy: float = 1) -> float | None:
-    """Floating-point operations of the matrix products, a device and step.
+def products(module: Module, busy: float = 1, filled: float = 1) -> float | None:
+    """Floating-point operations of the matrix products, a device and step; `busy`, `filled` as in `schedule.of`.
 
     None: some depend on the data (dropless experts on a CPU), or a library computes them and nobody has said how many.
     """
     total = 0.0
     for instruction, times in module.run(busy):
-        found = work.product(module, instruction)
+        found = work.product(module, instruction, filled)
         if found is None or (found and times is None):
             return None
         total += (times or 0) * found.total()

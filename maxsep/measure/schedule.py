@@ -93,8 +93,14 @@ class Schedule:
 KINDS = {kind.__name__: kind for kind in (Kernel, Collective, Wait, Loop, Branches, Schedule)}
 
 
-def of(module: Module, busy: float = 1) -> Schedule:
-    """The schedule of a compiled program; `busy` is the share of a pipeline's ticks in which a stage has work."""
+def of(module: Module, busy: float = 1, filled: float = 1) -> Schedule:
+    """The schedule of a compiled program.
+
+    Args:
+        module: the program.
+        busy: share of a pipeline's ticks in which a stage has work.
+        filled: share of a grouped product's rows that there are at a balanced load.
+    """
     groups: dict[tuple, int] = {}
     unknown: Counter[str] = Counter()
     pending: set[str] = set()
@@ -122,7 +128,7 @@ def of(module: Module, busy: float = 1) -> Schedule:
             kernel = module.started(i)
             if work.product(module, kernel) is None:
                 unknown[kernel.target] += 1
-            yield Kernel(dict(work.flops(module, kernel)), work.moved(module, kernel))
+            yield Kernel(dict(work.flops(module, kernel, filled)), work.moved(module, kernel))
 
     def collective(i: Instruction, start: Instruction) -> Collective:
         sizes: Counter[str] = Counter()

@@ -5,9 +5,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+from maxsep.kernels.grouped import HIGHEST, ROWS, WEIGHTS
 from maxsep.measure.hlo import Array, Instruction, Module
 
 PLAIN = ("AllocateBuffer", "TopK", "__cub$DeviceRadixSort")  # custom calls without products
+TRITON = "__gpu$xla.gpu.triton"  # kernels of Pallas
 # A pass of attention, in products of queries and keys: forward two, backward five (recomputed scores are one of them).
 FORWARD, BACKWARD = 2, 5
 # What takes neither time nor memory of its own.
@@ -25,12 +27,12 @@ FREE = (
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
-def product(module: Module, instruction: Instruction) -> Counter[str] | None:
+def product(module: Module, instruction: Instruction, filled: float = 1) -> Counter[str] | None:
     """Floating-point operations of one matrix product, by the type of its operands: `bf16`, `f32`, `f32 highest`.
 
     "highest" is what asks for the type's own precision where a device has a faster one. Of a library's call they follow
     from its shapes. None: of this library's call nobody has said how. What is no product has none; nor has a fusion,
-    whose products are instructions of its own.
+    whose products are instructions of its own. Of a grouped product's rows the share `filled` counts.
     """
     if instruction.opcode == "dot":
         return _dot(module, instruction)
@@ -40,13 +42,15 @@ def product(module: Module, instruction: Instruction) -> Counter[str] | None:
         return _dot(module, instruction)
     if target.startswith("__cudnn$fmha"):
         return _attention(module, instruction)
+    if target == TRITON and (kernel := re.search(rf"/({ROWS}|{WEIGHTS})({HIGHEST})?/", instruction.path)):
+        return _grouped(module, instruction, kernel, filled)
     return None
 
 
-def flops(module: Module, kernel: Instruction) -> Counter[str]:
+def flops(module: Module, kernel: Instruction, filled: float = 1) -> Counter[str]:
     """The same of all that a kernel, perhaps a fusion, computes; library calls of unknown products count nothing."""
     inside = [i for called in kernel.called for i in module.within(called)]
-    return sum((product(module, i) or Counter() for i in (kernel, *inside)), Counter())
+    return sum((product(module, i, filled) or Counter() for i in (kernel, *inside)), Counter())
 
 
 def _dot(module: Module, dot: Instruction) -> Counter[str]:
@@ -56,6 +60,14 @@ def _dot(module: Module, dot: Instruction) -> Counter[str]:
     depth = math.prod(left.dims[int(dim)] for dim in re.findall(r"\d+", contracted))
     highest = " highest" if re.search(r'operand_precision(={|":\[")highest', dot.attributes, re.IGNORECASE) else ""
     return Counter({left.dtype + highest: 2 * dot.arrays[0].elements * depth})
+
+
+def _grouped(module: Module, call: Instruction, kernel: re.Match, filled: float) -> Counter[str]:
+    """Ours: rows [R, K] with matrices [E, K, N], or with rows [R, N] for the gradient of these."""
+    x, other = (module.arrays(operand)[0] for operand in call.operands[-2:])
+    widths = call.arrays[0].dims[-1] if kernel[1] == ROWS else other.dims[-1]
+    highest = " highest" if kernel[2] else ""
+    return Counter({x.dtype + highest: 2 * filled * x.elements * widths})
 
 
 def _attention(module: Module, call: Instruction) -> Counter[str]:

@@ -198,7 +198,8 @@ def _regroup(from_pe: jax.Array, to_pe: jax.Array, count_pe: jax.Array, rows: in
         by_start = jnp.argsort(dst * 2 + (count > 0))  # of runs that start together only the last is not empty
         dst, src, count = dst[by_start], src[by_start], count[by_start]
         at = jnp.arange(rows)
-        run = jnp.searchsorted(dst, at, side="right") - 1
+        # Of few runs all are compared at once, without a loop.
+        run = jnp.searchsorted(dst, at, side="right", method="compare_all" if dst.size <= 64 else "scan") - 1
         inside = at - dst[run]
         return jnp.where(inside < count[run], src[run] + inside, rows)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from maxsep.config import ModelConfig
 from maxsep.kernels import nvidia
@@ -24,6 +25,7 @@ KERNELS = {  # of dropless experts
     GROUPED: "grouped products (Pallas)",
     RAGGED: "lax.ragged_dot",
 }
+PRODUCT = "grouped_product"  # names their results for rematerialisation, which sees no products in them
 Weights = tuple[tuple[jax.Array, ...], jax.Array]  # w_gate and w_in, or w_in [E, D, F]; w_out [E, F, D]
 
 
@@ -94,9 +96,13 @@ def _grouped(
     inputs, w_out = weights
     if kernel == BLOCKS:
         return _blocked(activation, x_rd, share_r, rows_e, inputs, w_out)
-    dot = {GROUPED: grouped_dot, RAGGED: lax.ragged_dot}[kernel]
-    h = _activate(activation, *(dot(x_rd, w, rows_e) for w in inputs))
-    return dot(_weighted(h, share_r[:, None]), w_out, rows_e)
+
+    def dot(x_rk, w_ekn):
+        y = {GROUPED: grouped_dot, RAGGED: lax.ragged_dot}[kernel](x_rk, w_ekn, rows_e)
+        return checkpoint_name(y, PRODUCT)
+
+    h = _activate(activation, *(dot(x_rd, w) for w in inputs))
+    return dot(_weighted(h, share_r[:, None]), w_out)
 
 
 def form(kernel: str, rows: int, experts: int) -> int | str:

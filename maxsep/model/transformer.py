@@ -16,6 +16,7 @@ from maxsep.config import ConfigError, ModelConfig
 from maxsep.kernels import nvidia
 from maxsep.model import head
 from maxsep.model.attention import Attention
+from maxsep.model.experts import PRODUCT
 from maxsep.model.layers import Cast, Embedding, RMSNorm, normal, use
 from maxsep.model.moe import MoE, MoEStats
 from maxsep.parallel import collectives
@@ -208,10 +209,11 @@ def rematerialised(block: Callable, model: ModelConfig, layout: Layout) -> Calla
     if model.remat == "dots":
         # Products, and what was received: else it is sent again. But no weights gathered from their parts.
         received = ("all_to_all", "reduce_scatter") + ("all_gather",) * (layout.ways("w") == 1)
-        kept = (*received, "pallas_call")  # a grouped product, which JAX does not know to be one
 
         def policy(primitive, *args, **params):
-            return primitive.name in kept or jax.checkpoint_policies.dots_saveable(primitive, *args, **params)
+            if primitive.name == "name":
+                return params["name"] == PRODUCT
+            return primitive.name in received or jax.checkpoint_policies.dots_saveable(primitive, *args, **params)
 
     if model.remat == "none":
         # All but what is made of weights: a layer's from their parts, and casts, which a pipeline would keep each tick.

@@ -54,7 +54,7 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
     orders = {inner: mesh.arranged(places, config.mesh, inner).ravel() for inner in ("attention", "expert")}
     return {
         "memory": buffers.by_kind(module, plan, run.abstract_state) | {"total": plan.peak},
-        "schedule": schedule.to_json(schedule.of(module, 1 - run.bubble)),
+        "schedule": schedule.to_json(schedule.of(module, 1 - run.bubble, run.filled)),
         "inner": order.inner(config, near),
         "nodes": {inner: [int(device) // near for device in order] for inner, order in orders.items()},
         "model_flops": run.flops,

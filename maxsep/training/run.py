@@ -56,6 +56,7 @@ class Run:
         self.tokens = train.batch_size * length  # a step
         self.flops = self.tokens * flops.flops_per_token(config.model, length)  # a step
         self.bubble = pipeline.bubble(self.stages, train.accumulation)
+        self.filled = self.program.filled(micro_batch * length)
         self.init = jitted_init(self.program.init, self.program.layout.platform)
         self.eval_step = jax.jit(self.program.eval_step)
 

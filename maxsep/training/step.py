@@ -5,6 +5,7 @@ and `collectives` say what is sent. Gradients stay on their device over all micr
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep.config import Config
 from maxsep.config.layouts import AXES
+from maxsep.model.dispatch import room_of
 from maxsep.model.transformer import Transformer, attention_kernel, casts, with_casts
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
@@ -66,6 +68,17 @@ class Program:
         self.abstract_params = nnx.to_pure_dict(abstract)
         self.param_specs = jax.tree.map(lambda x: x.sharding.spec, self.abstract_params)
         self.zero_specs = jax.tree.map(self._zero_spec, self.abstract_params)
+
+    def filled(self, tokens: int) -> float:
+        """Share of the places for dropless experts' rows that have one, of a micro-batch with a balanced load."""
+        model, layout = self.config.model, self.layout
+        peers = layout.ways("e")
+        if model.capacity_factor is not None or peers == 1:
+            return 1.0
+        apart = [axis for axis in layout.token_axes if axis not in layout.axes("f")]  # the others' tokens are joined
+        own = tokens // math.prod(layout.sizes[AXES.index(axis)] for axis in apart)
+        room = room_of(own, model.top_k, model.experts // peers, peers, model.exchange_factor)
+        return min(1.0, own * model.top_k / (peers * room))
 
     def _model(self) -> Transformer:
         return Transformer(nnx.Rngs(self.config.train.seed), self.config.model, self.layout, self.ids)

@@ -71,3 +71,14 @@ def test_a_pipeline_says_how_long_its_stages_are_idle_and_what_they_keep(stages,
     assert (f"idle for {share:.1%}" in said.get("pipeline", "")) == (stages > 1)
     kept = f"what model.remat={remat} keeps, of all {accumulation} micro-batches at once"
     assert (kept in said.get("activations", "")) == (stages > 1 and remat != "full")
+
+
+@pytest.mark.parametrize(("remat", "products"), [("none", 6), ("full", 8), ("dots", 6)])
+def test_a_grouped_product_is_repeated_only_where_rematerialisation_is_full(remat, products):
+    """Three forward and three backward; of the first three the last is not needed again."""
+    made = run("gpu", remat=remat, dtype="bfloat16", attention_kernel="xla")
+    batch = jax.ShapeDtypeStruct(made.batch_shape, jnp.int32, sharding=made.batch_sharding)
+    with jax.set_mesh(made.mesh):
+        step = str(jax.make_jaxpr(made.program.train_step)(made.abstract_state, batch))
+    assert step.count("name=grouped_rows") == products
+    assert step.count("name=grouped_weights") == 3
