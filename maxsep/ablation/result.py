@@ -95,7 +95,7 @@ def _program(folder: Path, config: Config, kind: str) -> dict:
     profile = parts.shares(folder / "profile", module) if kind == "cpu" else {}
     return {
         "sent": [dataclasses.asdict(one) for one in program.sent(module, busy)],
-        "flops": program.products(module, busy, made.filled(train.batch_size // train.accumulation * length)),
+        "flops": program.products(module, busy, made.grouped().filled),
         "model_flops": train.batch_size * length * flops_per_token(config.model, length) / config.mesh.devices,
         "memory": buffers.by_kind(module, plan, state) if plan else None,
         "parts": profile or None,

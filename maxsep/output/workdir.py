@@ -277,19 +277,35 @@ def write_config(
     """
     import jax  # here, as the checks above are made before JAX starts
 
-    devices = jax.devices()
     record = {
         "config": dataclasses.asdict(config),
         "corpus": corpus_fingerprint,
         "tokenizer": tokenizer_fingerprint,
         "command": sys.argv,
         "git_commit": _git_commit(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
-        "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+        "versions": _versions(),
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "count": len(jax.devices()),
+            "processes": jax.process_count(),
+        },
         **more,
     }
     record = json.loads(json.dumps(finite(record)))  # as it will be read
     write_json(workdir / "config.json", record | {"checksum": checksum(record)})
+
+
+def of_this_machine(workdir: Path) -> bool:
+    """Whether the run in `workdir` has last been trained with these versions, on this kind of device."""
+    import jax
+
+    _, record = read_config(workdir)
+    same = record.get("versions") == _versions()
+    return same and record.get("devices", {}).get("kind") == jax.devices()[0].device_kind
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
 def _git_commit() -> str | None:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from maxsep.cluster.job import ALONE, Job
-from maxsep.config import Config
+from maxsep.config import Config, cli
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
+from maxsep.kernels import check as kernels
 from maxsep.measure import flops, memory
 from maxsep.model import experts
 from maxsep.model.layers import jitted_init
@@ -56,9 +57,31 @@ class Run:
         self.tokens = train.batch_size * length  # a step
         self.flops = self.tokens * flops.flops_per_token(config.model, length)  # a step
         self.bubble = pipeline.bubble(self.stages, train.accumulation)
-        self.filled = self.program.filled(micro_batch * length)
         self.init = jitted_init(self.program.init, self.program.layout.platform)
         self.eval_step = jax.jit(self.program.eval_step)
+
+    @property
+    def filled(self) -> float:
+        """Share of a grouped product's rows that there are at a balanced load."""
+        return self.program.grouped().filled
+
+    def check_kernels(self, job: Job = ALONE) -> str | None:
+        """Checks the kernels of our own that the step uses on the devices here; what was checked, None: there is none.
+
+        Raises:
+            cli.Exit: one is wrong in some process of the job.
+        """
+        model, platform = self.config.model, self.program.layout.platform
+        if model.capacity_factor is not None or experts.kernel(model, platform) != experts.GROUPED:
+            return None
+        started = time.monotonic()
+        device = jax.local_devices()[0].device_kind
+        wrong = kernels.wrong(self.program.grouped(), model.dtype)
+        for member, found in zip(job.members, job.agree(wrong and f"{device}: {wrong}"), strict=True):
+            if found:
+                takes = "another driver or JAX, or model.capacity_factor, which needs no such kernel"
+                raise cli.Exit(cli.CRASHED, f"a kernel is wrong on {member}, {found}; takes {takes}")
+        return f"grouped products are exact on {device} ({time.monotonic() - started:.1f} s)"
 
     def lower_train_step(self):
         """The train step, which takes and donates a state, and takes a batch; before it is compiled."""

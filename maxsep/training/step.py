@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep.config import Config
 from maxsep.config.layouts import AXES
+from maxsep.kernels.check import Sizes
 from maxsep.model.dispatch import room_of
 from maxsep.model.transformer import Transformer, attention_kernel, casts, with_casts
 from maxsep.parallel import collectives
@@ -69,16 +70,17 @@ class Program:
         self.param_specs = jax.tree.map(lambda x: x.sharding.spec, self.abstract_params)
         self.zero_specs = jax.tree.map(self._zero_spec, self.abstract_params)
 
-    def filled(self, tokens: int) -> float:
-        """Share of the places for dropless experts' rows that have one, of a micro-batch with a balanced load."""
-        model, layout = self.config.model, self.layout
-        peers = layout.ways("e")
-        if model.capacity_factor is not None or peers == 1:
-            return 1.0
+    def grouped(self) -> Sizes:
+        """Of the products of dropless experts, of a micro-batch, on one device."""
+        train, model, layout = self.config.train, self.config.model, self.layout
+        tokens = train.batch_size // train.accumulation * self.config.data.sequence_length
         apart = [axis for axis in layout.token_axes if axis not in layout.axes("f")]  # the others' tokens are joined
         own = tokens // math.prod(layout.sizes[AXES.index(axis)] for axis in apart)
-        room = room_of(own, model.top_k, model.experts // peers, peers, model.exchange_factor)
-        return min(1.0, own * model.top_k / (peers * room))
+        peers, rows = layout.ways("e"), own * model.top_k
+        local, places = model.experts // peers, rows
+        if peers > 1:
+            places = peers * room_of(own, model.top_k, local, peers, model.exchange_factor)
+        return Sizes(places, min(1.0, rows / places), local, model.d_model, model.d_ff // layout.ways("f"))
 
     def _model(self) -> Transformer:
         return Transformer(nnx.Rngs(self.config.train.seed), self.config.model, self.layout, self.ids)

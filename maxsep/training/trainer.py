@@ -42,6 +42,10 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
     with jax.set_mesh(mesh), console.surviving(), ExitStack() as stack:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
+        if not (resuming and workdir.of_this_machine(folder)):
+            job.at("checking kernels")
+            if (checked := run.check_kernels(job)) is not None:
+                console.say(checked)
         state = None if saved else run.new_state(job)  # may refuse train.init_from: before anything is written
         at, finished = Position(), False
         write_config = partial(workdir.write_config, folder, config, corpus.fingerprint, corpus.tokenizer.fingerprint)
