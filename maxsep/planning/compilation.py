@@ -48,7 +48,7 @@ def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | Non
     # The order of the devices changes no instruction, and XLA has complaints about another than this.
     with jax.set_mesh(mesh.mesh_of(mesh.arranged(devices, config.mesh, "expert"))), tempfile.TemporaryDirectory() as d:
         run = Run(config, end_of_text=0, ids=ids)  # any id: what it costs does not depend on it
-        _compile(run.lower_train_step(), target.OPTIONS if cluster.gpu else ({},), d)
+        _compile(run.lower_train_step(), target.attempts(config.model.products) if cluster.gpu else [{}], d)
         module, plan = buffers.read(Path(d))
     near, places = cluster.devices_per_node, range(cluster.devices)
     orders = {inner: mesh.arranged(places, config.mesh, inner).ravel() for inner in ("attention", "expert")}

@@ -12,10 +12,9 @@ from typing import Any
 from maxsep.config import ConfigError, paths
 from maxsep.output.durable import write_json
 from maxsep.parallel.start import cores
-from maxsep.planning import target
 
 SOURCE = (
-    *(f"{package}/*.py" for package in ("config", "measure", "model", "parallel", "training")),
+    *(f"{package}/*.py" for package in ("config", "kernels", "measure", "model", "parallel", "training")),
     "planning/compilation.py",
     "planning/target.py",
 )
@@ -38,8 +37,7 @@ def key(job: dict[str, Any], versions: dict[str, str]) -> str:
     cluster |= {name: job["cluster"][name] for name in ("memory_bytes", "memory_bandwidth")} if gpu else _this_machine()
     settings = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "PJRT_"))}
     libraries = {name: metadata.version(name) for name in LIBRARIES} | versions
-    options = target.OPTIONS if gpu else ()
-    parts = [_source(), config, data, job["ids"], cluster, settings, libraries, options]
+    parts = [_source(), config, data, job["ids"], cluster, settings, libraries]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

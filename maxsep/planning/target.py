@@ -1,6 +1,7 @@
 """The devices of a cluster that is not there, as XLA's compiler takes them."""
 
 from importlib import metadata
+from typing import Any
 
 from maxsep.config import ConfigError
 from maxsep.config.cluster import Cluster
@@ -11,9 +12,16 @@ from maxsep.config.cluster import Cluster
 AS_THEY_ARE = {"xla_gpu_autotune_level": 0}
 QUICK = AS_THEY_ARE | {"xla_backend_optimization_level": 0}
 OPTIONS = (QUICK | {"xla_gpu_disable_gpuasm_optimizations": True}, QUICK, AS_THEY_ARE)
+# Exact products of float32 are cuBLAS's: as kernels of Triton they take minutes to compile.
+LIBRARY = {"xla_gpu_enable_triton_gemm": False}
 SPILLS = "No supported config found"  # what XLA then says
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
 INSTALL = "pip install -c constraints.txt -e '.[cuda]'"
+
+
+def attempts(products: str) -> list[dict[str, Any]]:
+    """The compiler options to try, in turn, for a model of such `products`."""
+    return [options | (LIBRARY if products == "float32" else {}) for options in OPTIONS]
 
 
 def cuda_versions() -> dict[str, str]:
