@@ -11,6 +11,7 @@ from programs import optimised
 
 from maxsep.measure import hlo, program, schedule
 from maxsep.measure.schedule import Branches, Collective, Kernel, Loop, Schedule, Wait
+from maxsep.parallel.rounds import in_rounds
 
 HEAD = "HloModule m, num_partitions=4\n\n"
 BODY = """%wrapped (p: f32[8]) -> f32[32] {
@@ -57,6 +58,16 @@ def test_what_cannot_be_counted_is_named():
     found = schedule.of(optimised(jax.jit(f).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32), 3)))
     assert found.flops() == {"f32": 2 * 8**3}, "one turn"
     assert found.unknown == {"a loop whose length depends on the data, in other": 1}
+
+
+def test_further_rounds_count_as_none_and_are_named():
+    def f(x, n):
+        return in_rounds(lambda number, x, plan: x @ x + number, n, x, ())
+
+    module = optimised(jax.jit(f).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32), 3))
+    found = schedule.of(module)
+    assert found.flops() == {"f32": 2 * 8**3} and program.products(module) == 2 * 8**3
+    assert found.unknown == {"a loop of further rounds, in other": 1}
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,24 @@ def test_attention_is_priced_from_its_shapes(target, mask, products):
     assert work.moved(module, found) == 4 * b * s * h * q * 2, "workspaces are not moved"
 
 
+@pytest.mark.parametrize("kernel, kind", [("", "bf16"), ("_highest", "bf16 highest")])
+def test_grouped_products_cost_the_rows_that_there_are(kernel, kind):
+    R, E, K, N = 60, 4, 8, 16
+
+    def counted(name, operands, result):
+        lines = "".join(f"  %{chr(97 + at)} = {shape} parameter({at})\n" for at, shape in enumerate(operands))
+        names = ", ".join(f"%{chr(97 + at)}" for at in range(len(operands)))
+        path = f'metadata={{op_name="jit(f)/experts/{name}{kernel}/pallas_call"}}'
+        line = f'%c.1 = {result} custom-call({names}), custom_call_target="__gpu$xla.gpu.triton", {path}'
+        return work.flops(*instruction(line, lines), 0.75)
+
+    tiles = ["s32[5]"] * 3
+    rows = counted("grouped_rows", [*tiles, f"bf16[{R},{K}]", f"bf16[{E},{K},{N}]"], f"bf16[{R},{N}]")
+    transposed = counted("grouped_rows", [*tiles, f"bf16[{R},{N}]", f"bf16[{E},{K},{N}]"], f"bf16[{R},{K}]")
+    weights = counted("grouped_weights", [*tiles[:2], f"bf16[{R},{K}]", f"bf16[{R},{N}]"], f"bf16[{E},{K},{N}]")
+    assert rows == transposed == weights == {kind: 0.75 * 2 * R * K * N}
+
+
 def test_a_library_call_that_nobody_has_priced_is_not_zero():
     module, found = instruction('%c.1 = f32[8] custom-call(%x), custom_call_target="__new$library"')
     assert work.product(module, found) is None
