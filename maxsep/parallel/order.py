@@ -4,9 +4,9 @@ import math
 from typing import NamedTuple
 
 from maxsep.config import Config
-from maxsep.config.layouts import AXES
 from maxsep.parallel.collectives import Axes
 from maxsep.parallel.layout import Layout
+from maxsep.parallel.weights import kinds
 
 
 class Sent(NamedTuple):
@@ -71,18 +71,10 @@ def _sent(config: Config) -> list[Sent]:
         # Rows go there and back, and their gradients; rematerialisation repeats the way there.
         Sent(layout.axes("e"), "exchange", own * (passes + 2) * copies * tokens * model.d_model * cast),
     ]
-    matrices, tables = 3 if model.activation == "swiglu" else 2, 1 if model.tied_embedding else 2
-    # Weights, and the bytes of each that a micro-batch gathers: layers forward and backward, the vocabulary's once.
-    for letters, count, gathered in (
-        ("h", own * 2 * model.d_model * model.head_size * (model.heads + model.n_kv_heads), 2 * cast),
-        ("ef", own * model.experts * matrices * model.d_model * model.d_ff, 2 * cast),
-        ("v", tables * model.padded_vocab_size * model.d_model, wide),
-    ):
-        split = tuple(axis for letter in ("" if letters == "v" else "l") + letters for axis in layout.axes(letter))
-        stored = tuple(axis for axis in layout.axes("w") if axis not in split)
-        size = count / math.prod(layout.ways(letter) for letter in letters)
-        copied = tuple(axis for axis in AXES if axis not in split + stored)
+    # Of each weight a micro-batch gathers its bytes: layers forward and backward, the vocabulary's once.
+    for kind in kinds(config, layout):
+        gathered = 2 * cast if "l" in kind.letters else wide
         # Their gradients are scattered in each micro-batch where weights are gathered, and else added up once a step.
-        sent.append(Sent(stored, "ring", train.accumulation * size * (gathered + wide)))
-        sent.append(Sent(copied, "ring", 2 * wide * size))
+        sent.append(Sent(kind.stored, "ring", train.accumulation * kind.count * (gathered + wide)))
+        sent.append(Sent(kind.copied, "ring", 2 * wide * kind.count))
     return sent

@@ -14,6 +14,7 @@ from maxsep.cluster import holder
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, paths
 from maxsep.config.validate import validate
+from maxsep.parallel.accelerators import check_seen
 
 # On GPUs collectives run beside kernels that do not wait for them, and the program has all memory but some GB, which
 # communication and libraries need. XLA by itself: they do not, and three quarters of it.
@@ -48,6 +49,8 @@ def start(config: Config, fit_mesh: bool, training: bool = True, job: Job = ALON
     from maxsep.parallel.mesh import describe
 
     devices = _devices()
+    if devices[0].platform == "cpu":
+        check_seen(job.count)
     if fit_mesh and (devices[0].platform != "cpu" or (job.count > 1 and config.mesh.devices != len(devices))):
         config = fitted(config, len(devices), training)
         print(f"mesh fitted to {describe(devices)}: {config.mesh}", flush=True)
@@ -62,7 +65,7 @@ def start(config: Config, fit_mesh: bool, training: bool = True, job: Job = ALON
         _keep_no_programs()
     else:
         _keep_programs()
-    _check_memory(config, devices[: config.mesh.devices], training, len(job.here) / job.count)
+    _check_memory(config, training, len(job.here) / job.count)
     return config
 
 
@@ -228,25 +231,27 @@ def _keep_no_programs() -> None:
     compilation_cache.reset_cache()  # JAX asks for that setting once
 
 
-def _check_memory(config: Config, devices: list, training: bool, share: float) -> None:
-    """Refuses what cannot fit however it is split: the model's state against all memory there is.
+def _check_memory(config: Config, training: bool, share: float) -> None:
+    """Refuses what cannot fit: the least that the model's state takes, against the memory that there is.
 
-    `share` of the processes is on this machine.
+    `share` of the processes is on this machine. A process asks its own accelerators: JAX does not tell of others'.
     """
-    from maxsep.parallel.mesh import describe
+    import jax
 
-    arrays, what = (4, "weights, gradients and moments") if training else (1, "weights")
-    size = {"float64": 8, "bfloat16": 4 if training else 2}.get(config.model.dtype, 4)
-    need = config.model.parameters * arrays * size
-    if devices[0].platform == "cpu":
-        have, where = available_memory() / share, "this machine has left"
-        where += "" if share == 1 else f" for {share:.0%} of the processes"
+    from maxsep.parallel.weights import bytes_on_device
+
+    need = bytes_on_device(config, training)
+    what = "weights, gradients and moments" if training else "weights"
+    if jax.default_backend() == "cpu":
+        simulated = round(config.mesh.devices * share)
+        have, where = available_memory(), f"this machine has left for {simulated} simulated devices"
+        need *= simulated
     else:
-        have = sum((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in devices)
-        where = f"{describe(devices)} have"
+        limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in jax.local_devices()]
+        have, where = min(limits), f"a device has; they are split over {config.mesh}, under {config.layout}"
     if need > have:
         raise ConfigError(
-            f"model: got {config.model.parameters / 1e9:.2f} B parameters; their {what} need "
+            f"model: got {config.model.parameters / 1e9:.2f} B parameters; their {what} need at least "
             f"{need / 2**30:.1f} GiB; takes at most the {have / 2**30:.1f} GiB that {where}"
         )
 

@@ -9,11 +9,13 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from small import config
+from abstract import abstract
+from small import ROWS, config
 
 from maxsep.config import ConfigError, MeshConfig, files
 from maxsep.config.paths import REPOSITORY
-from maxsep.parallel import start
+from maxsep.measure import memory
+from maxsep.parallel import start, weights
 from maxsep.parallel.mesh import make_mesh
 from maxsep.training.run import Run
 
@@ -57,11 +59,49 @@ def test_more_devices_than_there_are_are_refused():
 
 
 def test_what_cannot_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(start, "available_memory", lambda: TINY.model.parameters * 16)
+    need = 16 * weights.bytes_on_device(TINY, training=True)
+    monkeypatch.setattr(start, "available_memory", lambda: need)
     start.start(TINY, fit_mesh=False)
-    monkeypatch.setattr(start, "available_memory", lambda: TINY.model.parameters * 16 - 1)
-    with pytest.raises(ConfigError, match=r"model: got 0.01 B parameters; .* that this machine has left"):
+    monkeypatch.setattr(start, "available_memory", lambda: need - 1)
+    with pytest.raises(ConfigError, match=r"model: got 0.01 B parameters; .* has left for 16 simulated devices$"):
         start.start(TINY, fit_mesh=False)
+
+
+class Gpu:
+    """One of this process's devices, or of another's, of which JAX tells nothing."""
+
+    def __init__(self, gigabytes):
+        self.gigabytes = gigabytes
+
+    def memory_stats(self):
+        assert self.gigabytes is not None, "INVALID_ARGUMENT: MemoryStats is only supported for addressable devices"
+        return {"bytes_limit": self.gigabytes * 1e9}
+
+
+@pytest.mark.parametrize("mesh, fits", [((4, 4), True), ((16, 1), False)])
+def test_a_devices_part_is_compared_with_the_memory_of_the_devices_here(monkeypatch, mesh, fits):
+    """16 x 1 needs 110 GB on each of 16 x 80 GB, although all together have more than all parameters need."""
+    seed = files.load_config(str(REPOSITORY / "configs" / "seed.py"))
+    seed = dataclasses.replace(seed, layout="ma", mesh=MeshConfig(1, *mesh))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Gpu(80), Gpu(79)])
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu(None)] * 14 + jax.local_devices())
+    if fits:
+        start._check_memory(seed, True, 1 / 8)
+        return
+    says = r"need at least 1\d\d\.\d GiB; takes at most the 73.6 GiB that a device has; they are split over stage 1 x"
+    with pytest.raises(ConfigError, match=says):
+        start._check_memory(seed, True, 1 / 8)
+
+
+@pytest.mark.parametrize("layout", ROWS)
+@pytest.mark.parametrize("zero1", [False, True])
+def test_the_least_that_a_device_holds_is_nearly_all_of_its_state(layout, zero1):
+    seed = files.load_config(str(REPOSITORY / "configs" / "seed.py"))
+    mesh, optimizer = MeshConfig(*(1, *ROWS[layout][0])[-3:]), dataclasses.replace(seed.optimizer, zero1=zero1)
+    c = dataclasses.replace(seed, layout=layout, mesh=mesh, optimizer=optimizer)
+    state = sum(memory.of_state(abstract(c).state).values())
+    assert 0.99 * state < weights.bytes_on_device(c, training=True) <= state
 
 
 def test_available_memory_is_plausible():

@@ -1,0 +1,57 @@
+"""The model's matrices by how a layout splits them, counted without making them."""
+
+import math
+from typing import NamedTuple
+
+from maxsep.config import Config, ModelConfig
+from maxsep.config.layouts import AXES
+from maxsep.parallel.collectives import Axes
+from maxsep.parallel.layout import Layout
+
+
+class Kind(NamedTuple):
+    """Matrices that are split alike, on one device."""
+
+    letters: str  # of the dimensions that may be split; the vocabulary's are not in layers
+    count: float  # weights of this device's layers, as it computes with them
+    split: Axes  # mesh axes over which they are split where they are used
+    stored: Axes  # further axes over which they are stored in parts
+
+    @property
+    def copied(self) -> Axes:
+        """Mesh axes along which devices store the same."""
+        return tuple(axis for axis in AXES if axis not in self.split + self.stored)
+
+
+def kinds(config: Config, layout: Layout) -> list[Kind]:
+    """All but norms and routers, which are small."""
+    model = config.model
+    matrices, tables = 3 if model.activation == "swiglu" else 2, 1 if model.tied_embedding else 2
+    found = []
+    for letters, count in (
+        ("lh", model.layers * 2 * model.d_model * model.head_size * (model.heads + model.n_kv_heads)),
+        ("lef", model.layers * model.experts * matrices * model.d_model * model.d_ff),
+        ("v", tables * model.padded_vocab_size * model.d_model),
+    ):
+        split = tuple(axis for letter in letters for axis in layout.axes(letter))
+        stored = tuple(axis for axis in layout.axes("w") if axis not in split)
+        found.append(Kind(letters, count / math.prod(map(layout.ways, letters)), split, stored))
+    return found
+
+
+def bytes_on_device(config: Config, training: bool) -> float:
+    """The least that a device holds: weights; in training also their gradients and moments."""
+    model, layout = config.model, Layout.of(config, "cpu")
+    sizes = dict(zip(AXES, layout.sizes, strict=True))
+    size = _size(model, training)
+    total = 0.0
+    for kind in kinds(config, layout):
+        held = kind.count / math.prod(sizes[axis] for axis in kind.stored)
+        copies = math.prod(sizes[axis] for axis in kind.copied) if config.optimizer.zero1 else 1
+        total += held * size * (2 + 2 / copies if training else 1)
+    return total
+
+
+def _size(model: ModelConfig, training: bool) -> int:
+    """Bytes of a weight: in training those of float32 at least."""
+    return {"float64": 8, "bfloat16": 4 if training else 2}.get(model.dtype, 4)
