@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from maxsep.kernels.grouped import ROWS, WEIGHTS, grouped_dot
 
@@ -40,6 +41,12 @@ def wrong(sizes: Sizes, dtype: str, interpret: bool = False) -> str | None:
         interpret: run the kernels' Python, on any machine.
     """
     rng = np.random.default_rng(0)
+    alone = Mesh(jax.local_devices()[:1], ("one",), axis_types=(AxisType.Auto,))  # whatever mesh the run has set
+    with jax.set_mesh(alone):
+        return _wrong(sizes, dtype, interpret, rng)
+
+
+def _wrong(sizes: Sizes, dtype: str, interpret: bool, rng: np.random.Generator) -> str | None:
     for depth, width in ((sizes.d_model, sizes.d_ff), (sizes.d_ff, sizes.d_model)):
         chosen = [np.sort(rng.choice(of, min(of, COLUMNS), replace=False)) for of in (depth, width)]
         shapes = (sizes.rows, depth), (sizes.groups, depth, width), (sizes.rows, width)

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 from operator import attrgetter
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from maxsep.config import Config, ConfigError, fields, from_config_dict
@@ -135,6 +137,17 @@ def test_more_steps_leave_the_schedule_alone(run):
     assert resumed.optimizer.decay_steps == Config().train.steps and resumed.train.steps == 5000
     with pytest.raises(ConfigError, match=r"^optimizer\.decay_steps: got 5000; .* has 1000,"):
         folder.check_resume(run, replaced(longer, "optimizer.decay_steps", 5000), "corpus-1")
+
+
+def test_a_run_knows_the_machine_that_it_was_trained_on(run, monkeypatch):
+    """So kernels are not checked again there."""
+    assert folder.of_this_machine(run)
+    with monkeypatch.context() as other:
+        other.setattr(folder, "PACKAGES", ("jax",))
+        assert not folder.of_this_machine(run)
+    with monkeypatch.context() as other:
+        other.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100")])
+        assert not folder.of_this_machine(run)
 
 
 def test_config_json_says_what_the_result_depends_on(run):
