@@ -15,6 +15,9 @@ FAULTY = Path(__file__).with_name("faulty.py")
 # Most of a small run's time is LLVM's: it is told to optimise nothing.
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_COMPILATION_CACHE_DIR": ""}
 
+# Proxies that lead nowhere: processes of a job never go through one.
+PROXIES = dict.fromkeys(("http_proxy", "HTTPS_PROXY", "grpc_proxy"), "http://127.0.0.1:9")
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -56,7 +59,7 @@ class Processes:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    env=kill.environment() | QUICK | dict(environment),
+                    env=kill.environment() | QUICK | PROXIES | dict(environment),
                 )
             self.children.append(child)
 

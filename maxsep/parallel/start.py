@@ -3,11 +3,13 @@
 JAX is imported inside the functions, after the environment is set.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from maxsep.cluster import holder
@@ -20,6 +22,8 @@ from maxsep.parallel.accelerators import check_seen
 # communication and libraries need. XLA by itself: they do not, and three quarters of it.
 SCHEDULER, MEMORY = "--xla_gpu_enable_latency_hiding_scheduler", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 PRECISION = {"float32": "highest", "tf32": "tensorfloat32"}  # JAX's names; by itself it takes TF32 on NVIDIA GPUs
+INITIALIZATION = 300  # seconds, JAX's own: until it has met all processes
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
 HELD = 30.0  # seconds for which JAX's connections to process 0 stay open after its death
 
 
@@ -131,18 +135,31 @@ def _start_distributed(job: Job) -> None:
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    jax.distributed.initialize(
-        job.process.address,
-        job.count,
-        job.index,
-        local_device_ids=job.gpus,
-        cluster_detection_method="deactivate",
-        # The job ends itself before JAX aborts in C++.
-        heartbeat_timeout_seconds=int(4 * job.heartbeat + 60),
-        initialization_timeout=int(4 * job.heartbeat + 60),
-    )
+    # The job ends itself before JAX aborts in C++.
+    seconds = int(4 * job.heartbeat + 60)
+    with _without_proxies():
+        jax.distributed.initialize(
+            job.process.address,
+            job.count,
+            job.index,
+            local_device_ids=job.gpus,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=seconds,
+            initialization_timeout=max(seconds, INITIALIZATION),
+        )
     if job.first:
         job.holder = holder.hold(job.process.port, [peer.connection.link.fileno() for peer in job.peers], HELD)
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """The environment without its proxies, through which gRPC would look for process 0; child processes keep them."""
+    names = [name for name in os.environ if name.lower() in PROXIES]
+    proxies = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(proxies)
 
 
 def fitted(config: Config, devices: int, training: bool = True) -> Config:
