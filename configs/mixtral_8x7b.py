@@ -5,8 +5,8 @@
 trains it from new weights, with GPT-2's first 32,000 ids. From the model itself, imported into runs/mixtral: add
 --config.train.init_from=runs/mixtral --config.data.tokenizer=runs/mixtral/tokenizer.json. infer.py needs no config.
 
-Per device: weights and gradients 11.7 GB each, moments 23.4 GB; with the rest of the step 64.5 GB on 16 x H100, and
-101.7 GB if remat is dots (`maxsep.plan`).
+Per device: weights and gradients 11.7 GB each, moments 23.4 GB; with the rest of the step 59.7 GB on 16 x H100, and
+115.6 GB if remat is dots (`maxsep.plan`).
 """
 
 from configs import base

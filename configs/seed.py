@@ -5,8 +5,8 @@
 DIR is the TFDS data_dir in which c4/en is prepared (as array_record or tfrecord). GPT-2's tokenizer has 50,257 ids;
 the study's vocabulary has 50,265, of which the last 8 are never used. Expected: the study reports a perplexity of 12.8.
 
-Layout, mesh and remat are, within 0.1 %, the fastest that `maxsep.plan` finds for this hardware (docs/plan.md). They
-take 20.0 GB per device, the study's own layout (--config.layout=ma) 47.6 GB. A pipeline needs
+Layout, mesh and remat are, within 0.3 %, the fastest that `maxsep.plan` finds for this hardware (docs/plan.md). They
+take 19.9 GB per device, the study's own layout (--config.layout=ma) 47.6 GB. A pipeline needs
 --config.model.remat=full.
 """
 

@@ -41,7 +41,7 @@ def get_config(size="tiny"):
     config.data.eval_max_tokens = 1_000_000
     if size == "study":
         config.train.steps = 100  # of 50,000: enough for its times
-        config.model.remat = "full"  # under dots, pipelines need 156 to 264 GB per device
+        config.model.remat = "full"  # under dots, pipelines need 147 to 193 GB per device
         return config
     if size != "tiny":
         raise ConfigError(f"--size: got {size!r}; takes tiny or study")
