@@ -6,27 +6,17 @@ exact sum, rounded once to its type, or the kernel is wrong.
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from maxsep.kernels.grouped import ROWS, WEIGHTS, grouped_dot
+from maxsep.kernels import ROWS, WEIGHTS, Sizes
+from maxsep.kernels.grouped import grouped_dot
 
 SAMPLED = 64  # rows, and 16 columns of each matrix, are compared
 COLUMNS = 16
-
-
-class Sizes(NamedTuple):
-    """Of the grouped products of a run, on one device."""
-
-    rows: int  # places for rows
-    filled: float  # the share of them that has one, at a balanced load
-    groups: int
-    d_model: int
-    d_ff: int
 
 
 def wrong(sizes: Sizes, dtype: str, interpret: bool = False) -> str | None:

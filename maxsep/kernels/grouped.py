@@ -14,9 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-DTYPES = ("bfloat16", "float32")
-ROWS, WEIGHTS = "grouped_rows", "grouped_weights"  # the kernels' names, in programs and profiles
-HIGHEST = "_highest"  # after the name where float32 products are exact
+from maxsep.kernels import HIGHEST, ROWS, WEIGHTS
+
 UNIT = 16  # the smallest side of a tensor core's block: other sizes are padded to a multiple
 SIDE_BY_SIDE = 8  # blocks of rows that run at the same time, so that the second-level cache serves both operands
 
@@ -38,7 +37,7 @@ OF_32_BITS = Blocks(128, 128, 16, warps=8, stages=3)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_dot(x_rk: jax.Array, w_ekn: jax.Array, rows_e: jax.Array, interpret: bool = False) -> jax.Array:
-    """[R, K] and [E, K, N] -> [R, N], of `DTYPES`, summed in float32; differentiable.
+    """[R, K] and [E, K, N] -> [R, N], of `kernels.DTYPES`, summed in float32; differentiable.
 
     Products of float32 are as exact as `jax_default_matmul_precision` says.
 

@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from maxsep.kernels.grouped import HIGHEST, ROWS, WEIGHTS
+from maxsep.kernels import HIGHEST, ROWS, WEIGHTS
 from maxsep.measure.hlo import Array, Instruction, Module
 
 PLAIN = ("AllocateBuffer", "TopK", "__cub$DeviceRadixSort")  # custom calls without products

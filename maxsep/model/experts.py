@@ -11,8 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from maxsep.config import ModelConfig
-from maxsep.kernels import nvidia
-from maxsep.kernels.grouped import DTYPES, grouped_dot, grouped_rows
+from maxsep.kernels import DTYPES, nvidia
 from maxsep.model.layers import normal, use
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
@@ -96,10 +95,12 @@ def _grouped(
     inputs, w_out = weights
     if kernel == BLOCKS:
         return _blocked(activation, x_rd, share_r, rows_e, inputs, w_out)
+    of_rows = lax.ragged_dot
+    if kernel == GROUPED:
+        from maxsep.kernels.grouped import grouped_dot as of_rows  # here, as Pallas is slow to import
 
     def dot(x_rk, w_ekn):
-        y = {GROUPED: grouped_dot, RAGGED: lax.ragged_dot}[kernel](x_rk, w_ekn, rows_e)
-        return checkpoint_name(y, PRODUCT)
+        return checkpoint_name(of_rows(x_rk, w_ekn, rows_e), PRODUCT)
 
     h = _activate(activation, *(dot(x_rd, w) for w in inputs))
     return dot(_weighted(h, share_r[:, None]), w_out)
@@ -129,6 +130,8 @@ def product(form: int | str, activation: str, x_rd, rows_e, inputs, w_out, layer
     def dot(x, w):
         if form == RAGGED:
             return lax.ragged_dot(x, w[layer], rows_e)
+        from maxsep.kernels.grouped import grouped_rows
+
         # Of all layers' experts, so that the layer's are not copied; those without rows are not read.
         return grouped_rows(x, w.reshape(-1, *w.shape[2:]), rows_e, first=layer * rows_e.size)
 

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from maxsep.config import Config, ModelConfig
+from maxsep.config import Config
 from maxsep.config.layouts import AXES
 from maxsep.parallel.collectives import Axes
 from maxsep.parallel.layout import Layout
@@ -41,17 +41,14 @@ def kinds(config: Config, layout: Layout) -> list[Kind]:
 
 def bytes_on_device(config: Config, training: bool) -> float:
     """The least that a device holds: weights; in training also their gradients and moments."""
-    model, layout = config.model, Layout.of(config, "cpu")
+    layout = Layout.of(config, "cpu")
+    if not training:
+        layout = layout.for_inference()
     sizes = dict(zip(AXES, layout.sizes, strict=True))
-    size = _size(model, training)
+    size = {"float64": 8, "bfloat16": 4 if training else 2}.get(config.model.dtype, 4)  # of a weight
     total = 0.0
     for kind in kinds(config, layout):
         held = kind.count / math.prod(sizes[axis] for axis in kind.stored)
         copies = math.prod(sizes[axis] for axis in kind.copied) if config.optimizer.zero1 else 1
         total += held * size * (2 + 2 / copies if training else 1)
     return total
-
-
-def _size(model: ModelConfig, training: bool) -> int:
-    """Bytes of a weight: in training those of float32 at least."""
-    return {"float64": 8, "bfloat16": 4 if training else 2}.get(model.dtype, 4)

@@ -14,7 +14,6 @@ from maxsep.config import Config, cli
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
-from maxsep.kernels import check as kernels
 from maxsep.measure import flops, memory
 from maxsep.model import experts
 from maxsep.model.layers import jitted_init
@@ -74,9 +73,11 @@ class Run:
         model, platform = self.config.model, self.program.layout.platform
         if model.capacity_factor is not None or experts.kernel(model, platform) != experts.GROUPED:
             return None
+        from maxsep.kernels import check  # here, as Pallas is slow to import
+
         started = time.monotonic()
         device = jax.local_devices()[0].device_kind
-        wrong = kernels.wrong(self.program.grouped(), model.dtype)
+        wrong = check.wrong(self.program.grouped(), model.dtype)
         for member, found in zip(job.members, job.agree(wrong and f"{device}: {wrong}"), strict=True):
             if found:
                 takes = "another driver or JAX, or model.capacity_factor, which needs no such kernel"

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep.config import Config
 from maxsep.config.layouts import AXES
-from maxsep.kernels.check import Sizes
+from maxsep.kernels import Sizes
 from maxsep.model.dispatch import room_of
 from maxsep.model.transformer import Transformer, attention_kernel, casts, with_casts
 from maxsep.parallel import collectives

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 from small import config
 
-from maxsep.kernels import check, grouped
+from maxsep.kernels import ROWS, Sizes, check, grouped
 from maxsep.parallel.mesh import make_mesh
 
-SIZES = check.Sizes(rows=200, filled=0.75, groups=3, d_model=16, d_ff=32)
+SIZES = Sizes(rows=200, filled=0.75, groups=3, d_model=16, d_ff=32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -58,7 +58,7 @@ def test_padding_that_is_not_zero_is_found(monkeypatch):
 
     def unwritten(kernel, name, *more):
         y = call(kernel, name, *more)
-        return y.at[-1].set(jnp.nan) if name.startswith(grouped.ROWS) else y
+        return y.at[-1].set(jnp.nan) if name.startswith(ROWS) else y
 
     monkeypatch.setattr(grouped, "_call", unwritten)
     found = check.wrong(SIZES, "float32", interpret=True)

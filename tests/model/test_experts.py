@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from small import config
 
 from maxsep.config.layouts import AXES
+from maxsep.kernels import grouped
 from maxsep.kernels.grouped import grouped_rows
-from maxsep.model import experts
 from maxsep.model.experts import BLOCK, BLOCKS, GROUPED, RAGGED, Experts, form, forms, product
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
@@ -115,7 +115,7 @@ def test_every_form_for_inference_is_a_loop_over_experts(counts, form, monkeypat
         for of in stored.values():
             of[0] = np.nan
             of[1, np.array(counts) == 0] = np.nan
-    monkeypatch.setattr(experts, "grouped_rows", functools.partial(grouped_rows, interpret=True))
+    monkeypatch.setattr(grouped, "grouped_rows", functools.partial(grouped_rows, interpret=True))
     exact = form != GROUPED  # which has no float64
     with jax.enable_x64(exact):
         y = np.asarray(

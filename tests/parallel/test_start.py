@@ -14,6 +14,7 @@ from small import ROWS, config
 
 from maxsep.config import ConfigError, MeshConfig, files
 from maxsep.config.paths import REPOSITORY
+from maxsep.inference import program as inference
 from maxsep.measure import memory
 from maxsep.parallel import start, weights
 from maxsep.parallel.mesh import make_mesh
@@ -100,8 +101,12 @@ def test_the_least_that_a_device_holds_is_nearly_all_of_its_state(layout, zero1)
     seed = files.load_config(str(REPOSITORY / "configs" / "seed.py"))
     mesh, optimizer = MeshConfig(*(1, *ROWS[layout][0])[-3:]), dataclasses.replace(seed.optimizer, zero1=zero1)
     c = dataclasses.replace(seed, layout=layout, mesh=mesh, optimizer=optimizer)
-    state = sum(memory.of_state(abstract(c).state).values())
+    made = abstract(c)
+    state = sum(memory.of_state(made.state).values())
     assert 0.99 * state < weights.bytes_on_device(c, training=True) <= state
+    with jax.sharding.use_abstract_mesh(made.mesh):
+        inferred = memory.bytes_on_device(inference.Program(c, 0).abstract_params)
+    assert 0.99 * inferred < weights.bytes_on_device(c, training=False) <= inferred
 
 
 def test_available_memory_is_plausible():

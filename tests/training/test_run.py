@@ -6,7 +6,7 @@ import pytest
 from small import config
 
 from maxsep.config import ConfigError, cli
-from maxsep.kernels import check as kernels
+from maxsep.kernels import Sizes, check
 from maxsep.parallel.mesh import make_mesh
 from maxsep.training.run import Run
 
@@ -87,7 +87,7 @@ def test_a_grouped_product_is_repeated_only_where_rematerialisation_is_full(rema
 
 def test_a_wrong_kernel_ends_the_run_with_its_name(monkeypatch):
     asked = []
-    monkeypatch.setattr(kernels, "wrong", lambda *sizes: asked.append(sizes) or "grouped_weights at group 0")
+    monkeypatch.setattr(check, "wrong", lambda *sizes: asked.append(sizes) or "grouped_weights at group 0")
     assert run().check_kernels() is None, "the CPU has none"
     assert run("gpu", capacity_factor=1.0).check_kernels() is None
     assert not asked
@@ -97,6 +97,6 @@ def test_a_wrong_kernel_ends_the_run_with_its_name(monkeypatch):
         run("gpu", **ON_GPU).check_kernels()
     assert e.value.status == cli.CRASHED
     ((sizes, dtype),) = asked
-    assert sizes == kernels.Sizes(rows=2 * 16 * 32, filled=1.0, groups=16, d_model=16, d_ff=32) and dtype == "bfloat16"
-    monkeypatch.setattr(kernels, "wrong", lambda *sizes: None)
+    assert sizes == Sizes(rows=2 * 16 * 32, filled=1.0, groups=16, d_model=16, d_ff=32) and dtype == "bfloat16"
+    monkeypatch.setattr(check, "wrong", lambda *sizes: None)
     assert run("gpu", **ON_GPU).check_kernels().startswith("grouped products are exact on cpu (")
