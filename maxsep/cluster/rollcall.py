@@ -49,8 +49,9 @@ def call(process: Process, facts: Mapping[str, str], seconds: float) -> tuple[li
         seconds: until those that have not answered are missing.
 
     Raises:
-        ConfigError: some are missing, or were started otherwise.
-        cli.Exit: the same, in another process than 0; without a message where process 0 says it on the same host.
+        cli.Exit: some are missing (PEER_LOST: they may come another time), or were started otherwise (USER_ERROR);
+            without a message where process 0 prints it on the same host.
+        ConfigError: process 0 cannot listen.
     """
     me = Member.of(process, facts)
     return (_answer if process.index else _gather)(process, me, seconds)
@@ -66,30 +67,34 @@ def described(members: list[Member]) -> str:
 
 
 def _gather(process: Process, me: Member, seconds: float) -> tuple[list[Member], list[Connection]]:
-    end, found, wrong = time.monotonic() + seconds, [(me, None)], None
+    end, found = time.monotonic() + seconds, [(me, None)]
+    wrong: cli.Exit | None = None
     with _listener(process) as listener:
         while len(found) < process.count:
             listener.settimeout(max(0.001, end - time.monotonic()))
             try:
                 connection = Connection(listener.accept()[0])
             except TimeoutError:
-                wrong = wrong or _missing([member for member, _ in found], seconds)
+                missing = _missing([member for member, _ in found], seconds)
+                wrong = wrong or cli.Exit(cli.PEER_LOST, missing)
                 break
             if (member := _introduced(connection)) is None:
                 continue
-            if wrong is None and (wrong := _differs(member, [other for other, _ in found])):
+            if wrong is None and (differs := _differs(member, [other for other, _ in found])):
+                wrong = cli.Exit(cli.USER_ERROR, differs)
                 end = min(end, time.monotonic() + LATE)
             found.append((member, connection))
     found.sort(key=lambda pair: pair[0].index)
     members = [member for member, _ in found]
     connections = [connection for _, connection in found if connection is not None]
     members = [replace(member, facts={}) for member in members]  # which are many, and no longer needed
+    refused = wrong and {"status": wrong.status, "why": str(wrong)}
     for connection in connections:
-        connection.send(refused=wrong, members=[asdict(member) for member in members])
+        connection.send(refused=refused, members=[asdict(member) for member in members])
     if wrong is not None:
         for connection in connections:
             connection.close()
-        raise ConfigError(wrong)
+        raise wrong
     return members, connections
 
 
@@ -160,13 +165,14 @@ def _answer(process: Process, me: Member, seconds: float) -> tuple[list[Member],
             connection.close()
             time.sleep(RETRY)
             continue
-        if reply["refused"] is not None:
+        if (refused := reply["refused"]) is not None:
             connection.close()
             told = reply["members"][0]["host"] == me.host
-            raise cli.Exit(cli.USER_ERROR, "" if told else reply["refused"])
+            raise cli.Exit(refused["status"], "" if told else refused["why"])
         connection.link.settimeout(None)
         return [Member(**member) for member in reply["members"]], [connection]
-    raise ConfigError(
+    raise cli.Exit(
+        cli.PEER_LOST,
         f"--coordinator: got {process.address}, where process 0 was not reached within {seconds:g} s (--join_seconds): "
-        f"{reason}; takes the HOST:PORT of process 0"
+        f"{reason}; takes the HOST:PORT of process 0",
     )

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
 from maxsep.cluster.job import Job
-from maxsep.config import Config, ConfigError, fields, paths
+from maxsep.config import Config, ConfigError, cli, fields, paths
 from maxsep.config.checksum import checksum
 from maxsep.config.stored import read_config
 from maxsep.output.durable import finite, write_json
@@ -54,6 +55,7 @@ RESUME_MAY_CHANGE = (
 )
 
 SHARED = "takes a folder that all processes share"
+ALIKE_SECONDS = 30.0  # until all processes find the same in a folder
 SHARED_SECONDS = 10.0  # until a file of another host is seen: network file systems remember what was not there
 CHECKPOINTS = "checkpoints"  # a step's folder in it appears when the step is saved whole
 
@@ -235,15 +237,25 @@ def check_resume(
     return config
 
 
-def check_alike(folder: Path, job: Job, *found) -> None:
-    """Makes sure that all processes of the job have found the same in a run's folder.
+def found_alike(folder: Path, job: Job, find: Callable[[], list]) -> list:
+    """What all processes of the job `find` in a run's folder. Network file systems show changes late: they may retry.
 
     Raises:
-        ConfigError: they have not.
+        cli.Exit: they still find different things after `ALIKE_SECONDS`.
     """
-    for member, other in zip(job.members, job.agree(list(found)), strict=True):
-        if other != list(found):
-            raise ConfigError(f"--workdir: {folder} holds something else for {member}; {SHARED}")
+    end = time.monotonic() + ALIKE_SECONDS
+    while True:
+        found, last = find(), time.monotonic() > end
+        answers = job.agree([found, last])
+        other = next(
+            (member for member, (one, _) in zip(job.members, answers, strict=True) if one != answers[0][0]), None
+        )
+        if other is None:
+            return found
+        if any(last for _, last in answers):
+            what = f"--workdir: {folder} still holds something else for {other} than for {job.members[0]}"
+            raise cli.Exit(cli.PEER_LOST, f"{what} after {ALIKE_SECONDS:g} s; {SHARED}")
+        time.sleep(1)
 
 
 def check_shared(folder: Path, job: Job) -> None:

@@ -29,9 +29,12 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
         cli.Exit: stopped by a signal, halted on non-finite values, or the last save failed.
     """
     started = time.monotonic()
-    saved = workdir.has_checkpoint(folder)
-    resuming = saved or (folder / "config.json").exists()
-    workdir.check_alike(folder, job, saved, resuming)
+
+    def find() -> list[bool]:
+        saved = workdir.has_checkpoint(folder)
+        return [saved, saved or (folder / "config.json").exists()]
+
+    saved, resuming = workdir.found_alike(folder, job, find)
     config = workdir.check_resume(folder, config) if resuming else workdir.resolve(config)
     corpus = preparation.ensure(config, console.say, job)
     if resuming:

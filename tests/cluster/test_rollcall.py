@@ -15,7 +15,7 @@ FACTS = {"train.steps": "3", "jax": "0.12"}
 
 
 def called(*callers, seconds=300.0, port=None):
-    """What came of the roll calls of (index, count, facts) at the same time: members, or an error's line."""
+    """What came of roll calls of (index, count, facts) at the same time: members, or a status and an error's line."""
     port = port or free_port()
 
     def call(caller):
@@ -23,7 +23,7 @@ def called(*callers, seconds=300.0, port=None):
         try:
             members, connections = rollcall.call(Process(index, count, "localhost", port), facts, seconds)
         except (ConfigError, cli.Exit) as error:
-            return str(error)
+            return f"{cli.outcome(error)[0]}: {error}"
         for connection in connections:
             connection.close()
         return [member.index for member in members]
@@ -46,21 +46,23 @@ def test_all_hear_of_all():
     ],
 )
 def test_a_difference_is_one_line_of_the_first(callers, starts):
-    told = [line for line in called(*callers) if isinstance(line, str) and line.startswith(starts)]
+    told = [line for line in called(*callers) if isinstance(line, str) and line.startswith(f"2: {starts}")]
     assert len(told) == 1 and "\n" not in told[0] and "; takes " in told[0]
 
 
 def test_a_port_in_use_is_told():
     with socket.create_server(("", 0)) as taken:
         (said,) = called((0, 2, FACTS), port=taken.getsockname()[1])
-    assert said.startswith("--coordinator: cannot listen on port ") and "; takes " in said
+    assert said.startswith("2: --coordinator: cannot listen on port ") and "; takes " in said
 
 
-def test_the_missing_are_named():
+def test_the_missing_are_named_and_may_come_another_time():
     (said,) = called((0, 4, FACTS), seconds=0.3)
-    assert said.startswith("--num_processes: got 4, but processes 1, 2, 3 did not come within 0.3 s (--join_seconds)")
+    assert said.startswith(
+        "71: --num_processes: got 4, but processes 1, 2, 3 did not come within 0.3 s (--join_seconds)"
+    )
     (said,) = called((1, 4, FACTS), seconds=0.3)
-    assert said.startswith("--coordinator: got localhost:") and "process 0 was not reached within 0.3 s" in said
+    assert said.startswith("71: --coordinator: got localhost:") and "process 0 was not reached within 0.3 s" in said
 
 
 def test_who_is_no_process_is_sent_away():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from maxsep.config import Config, ConfigError, fields, from_config_dict
+from maxsep.config import Config, ConfigError, cli, fields, from_config_dict
 from maxsep.config.validate import validate
 from maxsep.output import workdir as folder
 
@@ -213,3 +213,26 @@ def test_what_an_unfinished_save_leaves_is_no_checkpoint(run):
     assert not folder.has_checkpoint(run)
     (run / folder.CHECKPOINTS / "7").mkdir()
     assert folder.has_checkpoint(run)
+
+
+@pytest.mark.parametrize("late", [0, 2, None])
+def test_a_folder_that_processes_see_differently_is_looked_at_again(run, monkeypatch, late):
+    """`late`: looks after which the second process sees what the first does; None: never."""
+    looks = []
+    now = iter(range(1000))
+    monkeypatch.setattr(folder.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(folder.time, "monotonic", lambda: next(now))
+
+    def agree(own):
+        looks.append(own)
+        return [own, own if late is not None and len(looks) > late else [[False, False], False]]
+
+    job = SimpleNamespace(members=["process 0", "process 1"], agree=agree)
+    if late is not None:
+        assert folder.found_alike(run, job, lambda: [True, True]) == [True, True]
+        assert len(looks) == late + 1
+        return
+    says = rf"^--workdir: {run} still holds something else for process 1 than for process 0 after 30 s; takes a folder"
+    with pytest.raises(cli.Exit, match=says) as ended:
+        folder.found_alike(run, job, lambda: [True, True])
+    assert ended.value.status == cli.PEER_LOST and len(looks) > 20
