@@ -9,7 +9,7 @@ the default corpus (about a million tokens), which it soon knows by heart.
 `remat` is full: on one H100, dots would be 1 % faster, but need 22.2 GB instead of 12.8 (`maxsep.plan`).
 
 Its experts have a capacity until dropless ones have been timed on a GPU: their kernels have been compiled, not run. One
-H100 would take 0.68 s a step and 11.6 GB without a capacity, 0.78 s and 12.8 GB with it (`maxsep.plan`, a roofline):
+H100 would take 0.68 s per step and 11.6 GB without a capacity, 0.78 s and 12.8 GB with it (`maxsep.plan`, a roofline):
 
     --config.model.capacity_factor=None --config.model.capacity_group=None
 """

@@ -64,7 +64,7 @@ def by_role(found: list[Sent], wire: bool = False) -> Counter[str]:
 
 
 def products(module: Module, busy: float = 1, filled: float = 1) -> float | None:
-    """Floating-point operations of the matrix products, a device and step; `busy`, `filled` as in `schedule.of`.
+    """Floating-point operations of the matrix products, per device and step; `busy`, `filled` as in `schedule.of`.
 
     None: some depend on the data (dropless experts on a CPU), or a library computes them and nobody has said how many.
     """

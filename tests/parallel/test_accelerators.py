@@ -10,7 +10,7 @@ from maxsep.parallel import accelerators
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
-    """The folder of the machine's device files, in an environment that says nothing of accelerators."""
+    """The folder of the machine's device files, in an environment without a word of accelerators."""
     monkeypatch.setattr(accelerators, "DEVICES", tmp_path)
     for name in [name for name in os.environ if name.startswith((*accelerators.GIVEN, "JAX_PLATFORMS"))]:
         monkeypatch.delenv(name)
