@@ -79,6 +79,7 @@ class Job:
         heartbeat: seconds without a word after which another process counts as lost.
         watchdog: seconds in which no process ends a step, a batch of an evaluation or a save, after which the job ends.
         folder: where stacks are written, if it is there.
+        joining: seconds that processes may take to meet.
     """
 
     def __init__(
@@ -89,9 +90,10 @@ class Job:
         heartbeat: float = 0.0,
         watchdog: float = 0.0,
         folder: Path | None = None,
+        joining: float = 0.0,
     ):
         self.members, self.process, self.folder = members, process, folder
-        self.heartbeat, self.watchdog = heartbeat, watchdog
+        self.heartbeat, self.watchdog, self.joining = heartbeat, watchdog, joining
         others = members[1:] if self.first else members[:1]
         self.peers = [Peer(member, connection) for member, connection in zip(others, connections, strict=True)]
         self.holder: subprocess.Popen | None = None  # holder.py

@@ -45,10 +45,11 @@ def joined(args: cli.Args, folder: Path | None) -> Iterator[Job]:
     if this.count == 1:
         yield ALONE
         return
-    members, connections = rollcall.call(this, _facts(args, folder), args.flags.join_seconds)
+    joining = args.flags.join_seconds
+    members, connections = rollcall.call(this, _facts(args, folder), joining)
     train = args.config.train
     with interrupting():
-        job = Job(members, this, connections, train.heartbeat_seconds, train.watchdog_seconds, folder)
+        job = Job(members, this, connections, train.heartbeat_seconds, train.watchdog_seconds, folder, joining)
         sys.stdout = _output(job.first)
         print(rollcall.described(members), flush=True)
         error = None

@@ -145,7 +145,7 @@ def _start_distributed(job: Job) -> None:
             local_device_ids=job.gpus,
             cluster_detection_method="deactivate",
             heartbeat_timeout_seconds=seconds,
-            initialization_timeout=max(seconds, INITIALIZATION),
+            initialization_timeout=max(seconds, INITIALIZATION, int(job.joining)),
         )
     if job.first:
         job.holder = holder.hold(job.process.port, [peer.connection.link.fileno() for peer in job.peers], HELD)

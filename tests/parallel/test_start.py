@@ -5,6 +5,7 @@ import os
 import pwd
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,25 @@ def test_float64_is_on_only_where_it_is_asked_for():
     assert jax.config.jax_enable_x64
     start.start(TINY, fit_mesh=False)
     assert not jax.config.jax_enable_x64
+
+
+@pytest.mark.parametrize("heartbeat, joining, seconds", [(1.0, 10.0, 300), (100.0, 10.0, 460), (1.0, 900.0, 900)])
+def test_processes_have_time_to_meet_and_no_proxy_between_them(monkeypatch, heartbeat, joining, seconds):
+    names, asked = ("http_proxy", "HTTPS_PROXY", "grpc_proxy"), {}
+    for name in names:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+    def initialize(*where, **options):
+        asked.update(options, proxies=[name for name in names if name in os.environ])
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    process = SimpleNamespace(address="localhost:1")
+    job = SimpleNamespace(
+        process=process, count=2, index=1, gpus=None, first=False, heartbeat=heartbeat, joining=joining
+    )
+    start._start_distributed(job)
+    assert asked["initialization_timeout"] == seconds and asked["proxies"] == []
+    assert all(os.environ[name] == "http://127.0.0.1:9" for name in names)
 
 
 THREADS = [("", 64, "65"), ("x", 64, "65"), ("3", 4, "5"), ("4", 4, "5"), ("9", 4, "9"), ("", 1, "")]
