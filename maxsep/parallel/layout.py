@@ -116,11 +116,10 @@ class Layout:
 
         A layer's figures are summed along `in_stage`, as other stages have other layers.
         """
-        x = lax.psum(collectives.vary(x), along)
-        copies = collectives.size(tuple(axis for axis in along if axis not in apart))
-        if copies == 1:
-            return x
-        return x // copies if jnp.issubdtype(x.dtype, jnp.integer) else x / copies
+        copies = tuple(axis for axis in along if axis not in apart)
+        if jnp.issubdtype(x.dtype, jnp.integer):  # of one copy: all of them together may be too large a number
+            return lax.psum(jnp.where(collectives.index(copies) == 0, collectives.vary(x), 0), along)
+        return lax.psum(collectives.vary(x), along) / collectives.size(copies)
 
     def _among(self, letter: str, axes: Axes) -> Axes:
         return tuple(axis for axis in self.axes(letter) if axis in axes)

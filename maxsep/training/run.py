@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 
@@ -24,7 +25,9 @@ from maxsep.parallel import pipeline
 from maxsep.parallel.mesh import describe, neighbours
 from maxsep.parallel.sharding import on_mesh
 from maxsep.parallel.start import of_gpus
-from maxsep.training.step import Program, TrainState
+from maxsep.training.step import Evaluation, Program, TrainState
+
+UNDER_WAY = 4  # batches of an evaluation on accelerators, so that they never wait for the next
 
 
 class Run:
@@ -119,17 +122,26 @@ class Run:
         """
         start = time.monotonic()
         rows = host_rows(self.eval_shape, self.batch_sharding)
-        cross_entropy = targets = 0.0
+        cross_entropy, targets = 0.0, 0
+        under_way: deque[Evaluation] = deque()
+
+        def fetch() -> None:
+            nonlocal cross_entropy, targets
+            with waiting():
+                one = jax.device_get(under_way.popleft())
+            cross_entropy, targets = cross_entropy + float(one.cross_entropy), targets + int(one.targets)
+
+        # Unlike train steps these do not wait for each other: with many at a time simulated devices hang.
+        most = 1 if self.program.layout.platform == "cpu" else UNDER_WAY
         with closing(eval_batches(corpus.eval, math.prod(self.eval_shape[:2]), rows)) as batches:
             for batch in to_mesh(batches, self.eval_shape, self.batch_sharding):
-                # Fetched at once: unlike train steps, these do not wait for each other, and with many at a time
-                # simulated devices run out of threads and hang.
-                cost = self.eval_step(params, batch)
-                with waiting():
-                    one = jax.device_get(cost)
-                cross_entropy, targets = cross_entropy + float(one.cross_entropy), targets + float(one.targets)
+                under_way.append(self.eval_step(params, batch))
+                if len(under_way) == most:
+                    fetch()
                 if stop():
                     return None
+        while under_way:
+            fetch()
         assert targets == corpus.eval.targets, "a held-out token was counted twice or not at all"
         loss = cross_entropy / targets
         return {"loss": loss, "perplexity": metrics.perplexity(loss), "seconds": time.monotonic() - start}

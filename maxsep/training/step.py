@@ -40,7 +40,7 @@ class TrainState:
 
 class Evaluation(NamedTuple):
     cross_entropy: jax.Array  # sum over targets, nats
-    targets: jax.Array  # float32, number of targets
+    targets: jax.Array  # int32, number of targets
 
 
 class Program:
@@ -206,7 +206,7 @@ class Program:
         def on_device(params, batch_abt):
             transformer = nnx.merge(self.graph, collectives.vary(params))
             cross_entropy, _ = transformer.losses(batch_abt, 0, None, self.end_of_text)
-            targets = jnp.sum(batch_abt[..., 1:] >= 0, dtype=jnp.float32)
+            targets = jnp.sum(batch_abt[..., 1:] >= 0, dtype=jnp.int32)
             return Evaluation(cross_entropy, collectives.total(targets, self.layout.axes("b")))
 
         return jax.shard_map(on_device, in_specs=(self.param_specs, self.batch_spec), out_specs=P())(params, batch_abt)

@@ -78,14 +78,21 @@ def test_copies_count_once_in_a_total(dtype):
     numbers = jnp.arange(8).astype(dtype)
 
     def on_device(x_t):
-        return layout.total(jnp.sum(x_t), layout.token_axes), layout.total(jnp.sum(x_t), ("expert",))
+        large = jnp.full((), 2**30, dtype)  # all copies of it are more than int32 holds
+        copied = jax.lax.psum(jnp.sum(x_t), "attention")
+        return (
+            layout.total(jnp.sum(x_t), layout.token_axes),
+            layout.total(copied, ("expert",)),
+            layout.total(large, ()),
+        )
 
     with jax.set_mesh(devices):
-        whole, of_expert = jax.jit(jax.shard_map(on_device, in_specs=P(("expert", "attention")), out_specs=P()))(
+        whole, of_expert, large = jax.jit(jax.shard_map(on_device, in_specs=P(("expert", "attention")), out_specs=P()))(
             jax.device_put(numbers, jax.NamedSharding(devices, P(("expert", "attention"))))
         )
     assert whole == 28 and whole.dtype == dtype
-    assert of_expert == 14  # half of it: as if the devices along `attention` held copies
+    assert of_expert == 28
+    assert large == 2**30
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

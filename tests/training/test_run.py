@@ -1,14 +1,19 @@
 """What a config makes on a mesh."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from small import config
 
 from maxsep.config import ConfigError, cli
 from maxsep.kernels import Sizes, check
 from maxsep.parallel.mesh import make_mesh
+from maxsep.training import run as of_runs
 from maxsep.training.run import Run
+from maxsep.training.step import Evaluation
 
 ON_GPU = {"dtype": "bfloat16", "head_dim": 8}  # what cuDNN's attention takes
 
@@ -100,3 +105,26 @@ def test_a_wrong_kernel_ends_the_run_with_its_name(monkeypatch):
     assert sizes == Sizes(rows=2 * 16 * 32, filled=1.0, groups=16, d_model=16, d_ff=32) and dtype == "bfloat16"
     monkeypatch.setattr(check, "wrong", lambda *sizes: None)
     assert run("gpu", **ON_GPU).check_kernels().startswith("grouped products are exact on cpu (")
+
+
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 1), ("gpu", 4)])
+def test_an_evaluation_counts_exactly_with_some_batches_under_way(monkeypatch, platform, most):
+    targets, batches = 2**25 + 1, 6  # no float32
+    corpus = SimpleNamespace(eval=SimpleNamespace(targets=batches * targets))
+    made, begun, seen = run(platform, **(ON_GPU if platform == "gpu" else {})), [], []
+
+    def evaluated(params, batch):
+        begun.append(batch)
+        return Evaluation(np.float32(2 * batch), np.int32(targets))
+
+    def fetched(cost):
+        seen.append(len(begun) - len(seen))
+        return cost
+
+    monkeypatch.setattr(made, "eval_step", evaluated)
+    monkeypatch.setattr(jax, "device_get", fetched)
+    monkeypatch.setattr(of_runs, "eval_batches", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(of_runs, "to_mesh", lambda *_: iter(range(batches)))
+    scores = made.evaluate(None, corpus)
+    assert scores["loss"] == 2 * sum(range(batches)) / (batches * targets)
+    assert max(seen) == most and begun == list(range(batches))
