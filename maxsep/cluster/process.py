@@ -14,7 +14,8 @@ from absl import flags
 from maxsep.config import ConfigError
 
 FLAGS = ("coordinator", "num_processes", "process_id")
-PORTS = range(61440, 65536)  # of which a job takes one by its number: JAX takes the same under Slurm
+NODES = "SLURM_STEP_NODELIST"
+PORTS = range(61440, 65536)  # of which a job takes one by its name, where nobody names one
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Process:
     count: int = 1
     host: str = "localhost"  # of process 0, as the others reach it
     port: int = 0
+    job: str = ""  # its name, where the port follows from it: two jobs may come to the same; "": nobody knows
 
     @property
     def address(self) -> str:
@@ -61,11 +63,12 @@ def this(values: flags.FlagValues, environment: Mapping[str, str] = os.environ) 
             source = ", ".join(sorted({source for source, _ in told.values()}))
             raise ConfigError(f"--{name}: none given beside {source}; takes {_TAKES[name]}")
     host, port = _address(*told["coordinator"])
+    job = told["job"][1] if told["coordinator"][0] == NODES else ""
     source, text = told["process_id"]
     index = _integer(source, text, 0)
     if index >= count:
         raise ConfigError(f"{source}: got {index}; takes 0 to {count - 1}, as there are {count} processes")
-    return Process(index, count, host, port)
+    return Process(index, count, host, port, job)
 
 
 def refuse_several(command: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -97,14 +100,15 @@ def _environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
         told = read(num_processes="OMPI_COMM_WORLD_SIZE", process_id="OMPI_COMM_WORLD_RANK")
         if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == environment["OMPI_COMM_WORLD_SIZE"]:  # on one machine
             job = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid", "")
-            told["coordinator"] = ("Open MPI", f"localhost:{_port(zlib.crc32(job.encode()))}")
-    elif {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"} <= environment.keys():
+            told["coordinator"] = ("Open MPI", f"localhost:{_port(job)}")
+    elif {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID", NODES, "SLURM_JOB_ID"} <= environment.keys():
         # Of the step that `srun` starts: in a batch script without it SLURM_NTASKS counts processes that are not there.
         told = read(num_processes="SLURM_STEP_NUM_TASKS", process_id="SLURM_PROCID")
         number = environment["SLURM_JOB_ID"]
         if number.isdecimal():
-            first = first_node(environment["SLURM_STEP_NODELIST"])
-            told["coordinator"] = ("SLURM_STEP_NODELIST", f"{first}:{_port(int(number))}")
+            step = f"step {number}.{environment.get('SLURM_STEP_ID', '0')} of Slurm"  # a job may run several at once
+            told["job"] = ("SLURM_STEP_ID", step)
+            told["coordinator"] = (NODES, f"{first_node(environment[NODES])}:{_port(step)}")
     elif {"JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"} <= environment.keys():
         told["process_id"] = ("JOB_COMPLETION_INDEX", environment["JOB_COMPLETION_INDEX"])
     own = {
@@ -121,8 +125,8 @@ def first_node(nodes: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def _port(job: int) -> int:
-    return PORTS[job % len(PORTS)]
+def _port(job: str) -> int:
+    return PORTS[zlib.crc32(job.encode()) % len(PORTS)]
 
 
 def _integer(source: str, text: str, least: int) -> int:

@@ -3,6 +3,7 @@
 JAX would wait for a missing process for minutes and then abort in C++, without saying which.
 """
 
+import errno
 import os
 import socket
 import time
@@ -29,12 +30,13 @@ class Member:
     pid: int
     gpus: str | None  # that it may use, as CUDA_VISIBLE_DEVICES says
     facts: Mapping[str, str]  # what must be the same everywhere, by name
+    job: str = ""  # Process.job
 
     @classmethod
     def of(cls, process: Process, facts: Mapping[str, str] = MappingProxyType({})) -> "Member":
         """This process."""
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return cls(process.index, process.count, socket.gethostname(), os.getpid(), gpus, facts)
+        return cls(process.index, process.count, socket.gethostname(), os.getpid(), gpus, facts, process.job)
 
     def __str__(self) -> str:
         return f"process {self.index} (pid {self.pid} on {self.host})"
@@ -80,6 +82,9 @@ def _gather(process: Process, me: Member, seconds: float) -> tuple[list[Member],
                 break
             if (member := _introduced(connection)) is None:
                 continue
+            if member.job != me.job:
+                _send_away(connection, member, me)
+                continue
             if wrong is None and (differs := _differs(member, [other for other, _ in found])):
                 wrong = cli.Exit(cli.USER_ERROR, differs)
                 end = min(end, time.monotonic() + LATE)
@@ -106,10 +111,19 @@ def _listener(process: Process) -> socket.socket:
             ("", process.port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=process.count
         )
     except OSError as e:
-        raise ConfigError(
-            f"--coordinator: cannot listen on port {process.port} of {socket.gethostname()} ({e.strerror}); "
-            "takes a free port of the machine of process 0"
-        ) from None
+        got = f"cannot listen on port {process.port} of {socket.gethostname()} ({e.strerror})"
+        line = f"--coordinator: {got}; takes a free port of the machine of process 0"
+        if process.job and e.errno == errno.EADDRINUSE:  # nobody has chosen it: it may be free another time
+            raise cli.Exit(cli.PEER_LOST, f"{line}; this one follows from {process.job}") from None
+        raise ConfigError(line) from None
+
+
+def _send_away(connection: Connection, member: Member, me: Member) -> None:
+    """Tells a process of another job, whose name has led it to the same port."""
+    own, other = member.job or "a job without a name", me.job or "a job without a name"
+    why = f"--coordinator: {member} of {own} got the port of {me} of {other}; takes that of its own process 0"
+    connection.send(refused={"status": cli.PEER_LOST, "why": why}, members=[])
+    connection.close()
 
 
 def _introduced(connection: Connection) -> Member | None:
@@ -167,7 +181,7 @@ def _answer(process: Process, me: Member, seconds: float) -> tuple[list[Member],
             continue
         if (refused := reply["refused"]) is not None:
             connection.close()
-            told = reply["members"][0]["host"] == me.host
+            told = any(member["host"] == me.host for member in reply["members"][:1])
             raise cli.Exit(refused["status"], "" if told else refused["why"])
         connection.link.settimeout(None)
         return [Member(**member) for member in reply["members"]], [connection]

@@ -31,7 +31,10 @@ def test_one_process_is_what_nothing_says():
 
 
 def test_the_environment_says_who_this_is():
-    assert this(SLURM) == Process(3, 16, "gpu017", 61440 + 70001 % 4096)
+    first, second = this(SLURM), this(SLURM | {"SLURM_STEP_ID": "1"})
+    assert (first.index, first.count, first.host, first.job) == (3, 16, "gpu017", "step 70001.0 of Slurm")
+    assert second.job == "step 70001.1 of Slurm" and first.port != second.port
+    assert {first.port, second.port} <= set(process.PORTS)
     assert this(JOBSET) == Process(1, 4, "run-w-0-0.run", 8476)
     here = this(OPEN_MPI)
     assert (here.index, here.count, here.host) == (2, 4, "localhost") and here.port in process.PORTS

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,14 +15,16 @@ from maxsep.config import ConfigError, cli
 FACTS = {"train.steps": "3", "jax": "0.12"}
 
 
-def called(*callers, seconds=300.0, port=None):
+def called(*callers, seconds=300.0, port=None, job="", after=None):
     """What came of roll calls of (index, count, facts) at the same time: members, or a status and an error's line."""
     port = port or free_port()
 
     def call(caller):
         index, count, facts = caller
         try:
-            members, connections = rollcall.call(Process(index, count, "localhost", port), facts, seconds)
+            if index and after is not None:
+                after.wait()
+            members, connections = rollcall.call(Process(index, count, "localhost", port, job), facts, seconds)
         except (ConfigError, cli.Exit) as error:
             return f"{cli.outcome(error)[0]}: {error}"
         for connection in connections:
@@ -63,6 +66,26 @@ def test_the_missing_are_named_and_may_come_another_time():
     )
     (said,) = called((1, 4, FACTS), seconds=0.3)
     assert said.startswith("71: --coordinator: got localhost:") and "process 0 was not reached within 0.3 s" in said
+
+
+def test_who_is_of_another_job_is_sent_away_and_not_counted():
+    port = free_port()
+    other_gone = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        callers = (0, 2, FACTS), (1, 2, FACTS)
+        first = thread.submit(called, *callers, port=port, job="step 7.0 of Slurm", after=other_gone)
+        (said,) = called((1, 2, FACTS | {"train.steps": "9"}), port=port, job="step 7.1 of Slurm")
+        other_gone.set()
+        assert said.startswith("71: --coordinator: process 1 (pid ")
+        assert "of step 7.1 of Slurm got the port of process 0 (pid " in said and "of step 7.0 of Slurm; takes" in said
+        assert first.result() == [[0, 1]] * 2
+
+
+def test_a_port_that_another_job_has_may_be_free_another_time():
+    with socket.create_server(("", 0)) as taken:
+        (said,) = called((0, 2, FACTS), port=taken.getsockname()[1], job="step 7.1 of Slurm")
+    assert said.startswith("71: --coordinator: cannot listen on port ")
+    assert said.endswith("; this one follows from step 7.1 of Slurm")
 
 
 def test_who_is_no_process_is_sent_away():
