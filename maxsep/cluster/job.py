@@ -26,6 +26,7 @@ from maxsep.config import cli
 BEAT = 0.5  # seconds from one beat to the next
 GRACE = 2.0  # seconds in which one's failure may turn out to be another one's death, or everybody's
 PAUSE = 5.0  # seconds by which a beat may be late before it is this process that was held
+HELD = 4  # times the heartbeat that a process may be silent while it compiles, which may hold the interpreter
 WATCHED = (
     "training",
     "evaluating",
@@ -269,10 +270,15 @@ class Job:
             last, doing = now, self.doing
             for peer in self.peers:
                 peer.connection.send(doing=asdict(doing))
-                if now - peer.heard > self.heartbeat and peer.left is None:
-                    self._lost(peer, f"has been silent for {self.heartbeat:g} s (train.heartbeat_seconds)")
+                silence = self.silence(peer.doing)
+                if now - peer.heard > silence and peer.left is None:
+                    self._lost(peer, f"has been silent for {silence:g} s (train.heartbeat_seconds)")
             if self.first and not held:
                 self._look_for_stuck([doing, *(peer.doing for peer in self.peers)])
+
+    def silence(self, doing: Doing) -> float:
+        """Seconds without a word after which a process that was at this counts as lost."""
+        return self.heartbeat * (1 if doing.phase in WATCHED else HELD)
 
     def _look_for_stuck(self, doings: list[Doing]) -> None:
         if any(doing.phase not in WATCHED or doing.seconds < self.watchdog for doing in doings):
