@@ -40,7 +40,16 @@ def config(mesh: tuple[int, ...] = (1, 1), layout: str = "ma", **sections: dict)
         train=TrainConfig(steps=20, batch_size=16, seed=SEED),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         data=DataConfig(sequence_length=32, tokenizer="tokenizer.json"),
-        model=ModelConfig(layers=2, d_model=16, heads=16, head_dim=4, experts=16, d_ff=32, vocab_size=200),
+        model=ModelConfig(
+            layers=2,
+            d_model=16,
+            heads=16,
+            head_dim=4,
+            experts=16,
+            d_ff=32,
+            vocab_size=200,
+            exchange_factor=16.0,  # room for all: programs without further rounds, but where a test asks for them
+        ),
     )
     made = replace(base, **{name: replace(getattr(base, name), **fields) for name, fields in sections.items()})
     validate(made)

@@ -34,14 +34,13 @@ def devices_apart(c) -> tuple[int, int]:
 # Each config is compared with the dense oracle on its mesh; those of the fast suite have each value of each switch.
 FLOAT64 = {"dtype": "float64"}
 STEPS = {
-    "4x4, unrolled, dots, k 3, gelu, many rounds, norms of each head, raw weights, ids that the tokenizer lacks": {
+    "4x4, unrolled, dots, k 3, gelu, norms of each head, raw weights, ids that the tokenizer lacks": {
         "mesh": (4, 4),
         "model": {
             "scan_layers": False,
             "remat": "dots",
             "top_k": 3,
             "activation": "gelu",
-            "exchange_factor": 0.2,
             "qk_norm": "head",
             "normalize_top_k": False,
         },

@@ -37,7 +37,7 @@ def wrong(sizes: Sizes, dtype: str, interpret: bool = False) -> str | None:
 
 
 def _wrong(sizes: Sizes, dtype: str, interpret: bool, rng: np.random.Generator) -> str | None:
-    for depth, width in ((sizes.d_model, sizes.d_ff), (sizes.d_ff, sizes.d_model)):
+    for depth, width in dict.fromkeys([(sizes.d_model, sizes.d_ff), (sizes.d_ff, sizes.d_model)]):
         chosen = [np.sort(rng.choice(of, min(of, COLUMNS), replace=False)) for of in (depth, width)]
         shapes = (sizes.rows, depth), (sizes.groups, depth, width), (sizes.rows, width)
         run = jax.jit(functools.partial(_products, shapes, jnp.dtype(dtype), interpret))

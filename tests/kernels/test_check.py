@@ -11,11 +11,18 @@ from maxsep.parallel.mesh import make_mesh
 SIZES = Sizes(rows=200, filled=0.75, groups=3, d_model=16, d_ff=32)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_right_kernels_pass(dtype):
+@pytest.mark.parametrize(
+    ("d_ff", "dtype"),
+    [
+        (16, "float32"),
+        pytest.param(32, "float32", marks=pytest.mark.slow),
+        pytest.param(32, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_right_kernels_pass(d_ff, dtype):
     """Under whatever mesh the run has set."""
     with jax.set_mesh(make_mesh(config((4, 4)))):
-        assert check.wrong(SIZES, dtype, interpret=True) is None
+        assert check.wrong(SIZES._replace(d_ff=d_ff), dtype, interpret=True) is None
 
 
 class Less:

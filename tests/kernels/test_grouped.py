@@ -16,6 +16,7 @@ COUNTS = {
     "all to the last": [0, 0, 0, TILE + 1],
 }
 SIZES = {"one block": (32, 16), "several": (96, 528), "no multiple of 16": (40, 23)}
+FAST = [("one block", "bfloat16"), ("no multiple of 16", "float32")]
 ROWS = max(map(sum, COUNTS.values())) + 13  # at least so many are of no group
 
 
@@ -28,9 +29,19 @@ def products(x, w, rows, g):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rounding"), [("float32", 2e-6), pytest.param("bfloat16", 2**-8, marks=pytest.mark.slow)]
+    ("sizes", "dtype", "rounding"),
+    [
+        pytest.param(
+            sizes,
+            dtype,
+            rounding,
+            id=f"{name}-{dtype}",
+            marks=[] if (name, dtype) in FAST else pytest.mark.slow,
+        )
+        for name, sizes in SIZES.items()
+        for dtype, rounding in (("float32", 2e-6), ("bfloat16", 2**-8))
+    ],
 )
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_equals_a_loop_over_groups(sizes, dtype, rounding):
     """Zeros in the padding, whatever its gradient is."""
     (K, N), rng = sizes, np.random.default_rng(0)
