@@ -126,7 +126,7 @@ def check(mesh, case, **fields):
             y, stats, dx, dw = jax.device_get(function(*placed))
         mask = None
         if model.expert_dropout:
-            mask = dropout_mask(model.expert_dropout, model.top_k, model.d_model)
+            mask = dropout_mask(model.expert_dropout, model.top_k, model.d_model, model.dtype)
 
     groups = ()
     if model.capacity_factor is not None:
@@ -167,8 +167,8 @@ def rounds(model, mesh, scores_bse) -> int:
 
 
 @functools.cache
-def dropout_mask(rate: float, top_k: int, d_model: int):
-    """As `MoE` documents: of the key, the token's number, the choice and the feature."""
+def dropout_mask(rate: float, top_k: int, d_model: int, dtype: str):
+    """As `MoE` documents: of the key, the token's number, the choice and the feature. JAX draws others with float64."""
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(KEY)))(np.arange(B * S))
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (top_k, d_model)))(keys)
     return np.asarray(keep) / (1 - rate)
