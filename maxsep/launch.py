@@ -46,9 +46,9 @@ def main(args: cli.Args, command: list[str]) -> None:
             signal.signal(number, passed_on)
         statuses = job.ended()
         status = group.status(statuses)
-        if status == cli.PEER_LOST:
+        if status == cli.RESTART:
             print(f"launch: {group.described(statuses)}", file=sys.stderr, flush=True)
-        if status != cli.PEER_LOST or signals or restart == args.flags.restarts:
+        if status != cli.RESTART or signals or restart == args.flags.restarts:
             break
         print(f"launch: start {restart + 2} of {args.flags.restarts + 1}", file=sys.stderr, flush=True)
     if status:

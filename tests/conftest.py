@@ -27,7 +27,7 @@ from runs import SMALL, shared_run
 
 import infer
 import train
-from maxsep.config import cli
+from maxsep.config import cli, faults
 from maxsep.training import trainer
 
 # No test measures time; where CI is set, no example is drawn by chance.
@@ -39,6 +39,9 @@ settings.register_profile(
     max_examples=30,
 )
 settings.load_profile("tests")
+
+
+faults.RETRY_SECONDS = 0.0  # tests that plant a fault for a while set their own
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -91,7 +91,7 @@ def test_the_rules_of_resuming_are_the_codes():
 def test_the_exit_statuses_are_the_codes():
     page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \|", page.split("## Exit statuses")[1].split("\n## ")[0], re.MULTILINE)
-    statuses = {cli.DONE, cli.USER_ERROR, cli.CRASHED, cli.PEER_LOST, cli.NONFINITE, cli.SAVE_FAILED, cli.STOPPED}
+    statuses = {cli.DONE, cli.USER_ERROR, cli.CRASHED, cli.RESTART, cli.NONFINITE, cli.SAVE_FAILED, cli.STOPPED}
     assert set(map(int, rows)) == statuses | {130, cli.UNREAD}
 
 

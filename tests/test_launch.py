@@ -69,7 +69,7 @@ def test_children_are_heard_and_end_together(tmp_path, status, ends_with):
 
 def test_the_status_of_a_job():
     assert group.status([0, 0]) == cli.DONE
-    assert group.status([71, -signal.SIGKILL]) == cli.PEER_LOST
-    assert group.status([71, cli.CRASHED]) == cli.PEER_LOST
+    assert group.status([71, -signal.SIGKILL]) == cli.RESTART
+    assert group.status([71, cli.CRASHED]) == cli.RESTART
     assert group.status([75, 75]) == cli.STOPPED
     assert group.described([0, -9, 71]) == "process 1 was killed by SIGKILL; process 2 ended with status 71"

@@ -98,7 +98,7 @@ def fails(workdir, data, fault, moment, victim):
     with processes.Processes(workdir, 2, *flags, fault=(victim, fault, moment, "6")) as both:
         statuses = both.ended(but=victim if fault == "stopped" else None)
         said = both.printed(1 - victim if fault in ("killed", "stopped") else 0)
-    assert statuses[1 - victim] in (cli.PEER_LOST, cli.SAVE_FAILED), both.all_printed()
+    assert statuses[1 - victim] in (cli.RESTART, cli.SAVE_FAILED), both.all_printed()
     (line,) = re.findall(r"^error: .*", said, re.MULTILINE)
     assert f"process {victim} (" in line or (moment != "step" and "all wait for each other" in line)
     assert re.search(r"step [456]\b", line), line
@@ -281,7 +281,7 @@ def test_a_mistake_is_one_line(mistake, data, tmp_path):
     commands = [[folder, *(flag.replace("DIFFERENT", str(tmp_path / "other")) for flag in each)] for each in commands]
     environment = SLURM if mistake == "garbage of Slurm" else {}
     statuses, said = answers(data, *commands, environment=environment)
-    status = cli.PEER_LOST if mistake in LATE else cli.USER_ERROR
+    status = cli.RESTART if mistake in LATE else cli.USER_ERROR
     assert statuses == [status] * len(commands), said
     lines = [line for each in said for line in each if not re.match(r"\d processes on 1 host", line)]
     assert len(lines) == 1 and lines[0].startswith(f"error: {starts}"), said

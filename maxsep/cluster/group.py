@@ -106,11 +106,11 @@ class Group:
 
 
 def status(statuses: Sequence[int]) -> int:
-    """The exit status of a job whose processes ended with these; PEER_LOST where one was killed or had crashed."""
+    """The exit status of a job whose processes ended with these; RESTART where one was killed or had crashed."""
     told = [status for status in statuses if status in FINAL]
     if told:
         return told[0]
-    return cli.PEER_LOST if any(statuses) else cli.DONE
+    return cli.RESTART if any(statuses) else cli.DONE
 
 
 def described(statuses: Sequence[int]) -> str:

@@ -45,6 +45,7 @@ class Doing:
     step: int = 0
     waiting: bool = False  # for devices, or for other processes
     seconds: float = 0.0  # since phase or step was last told
+    limit: float = 0.0  # seconds in which it has to end, where these are more than the watchdog's
 
     def __str__(self) -> str:
         return f"{self.phase}, after step {self.step}" if self.phase in WATCHED else self.phase
@@ -135,9 +136,12 @@ class Job:
             return None
         return [self.here.index(self.members[self.index])]
 
-    def at(self, phase: str, step: int | None = None) -> None:
-        """Says what begins now. The watchdog counts in the phases of `WATCHED`, and begins anew."""
-        self._doing = Doing(phase, self._doing.step if step is None else step)
+    def at(self, phase: str, step: int | None = None, limit: float = 0.0) -> None:
+        """Says what begins now. The watchdog counts in the phases of `WATCHED`, and begins anew.
+
+        `limit`: seconds in which it has to end, where these are more than the watchdog's.
+        """
+        self._doing = Doing(phase, self._doing.step if step is None else step, limit=limit)
         self._since = time.monotonic()
 
     @property
@@ -281,25 +285,27 @@ class Job:
         return self.heartbeat * (1 if doing.phase in WATCHED else HELD)
 
     def _look_for_stuck(self, doings: list[Doing]) -> None:
-        if any(doing.phase not in WATCHED or doing.seconds < self.watchdog for doing in doings):
+        if any(doing.phase not in WATCHED or doing.seconds < max(self.watchdog, doing.limit) for doing in doings):
             return
-        none = f"nothing came to an end in {self.watchdog:g} s (train.watchdog_seconds)"
+        limit = max(self.watchdog, *(doing.limit for doing in doings))
+        which = "train.watchdog_seconds" if limit == self.watchdog else "of a save"
+        none = f"nothing came to an end in {limit:g} s ({which})"
         stacks = f"; what each is at: {self.folder}/stacks-*.txt"
         _, _, index = min((doing.waiting, doing.step, i) for i, doing in enumerate(doings))
         if doings[index].waiting:
             all_wait = "; ".join(f"process {i} in {doing}" for i, doing in enumerate(doings))
-            self._end(End(cli.PEER_LOST, f"{none}; all wait for each other: {all_wait}{stacks}"))
-        self._end(End(cli.PEER_LOST, f"{self.members[index]} is stuck in {doings[index]}: {none}{stacks}"))
+            self._end(End(cli.RESTART, f"{none}; all wait for each other: {all_wait}{stacks}"))
+        self._end(End(cli.RESTART, f"{self.members[index]} is stuck in {doings[index]}: {none}{stacks}"))
 
     def _lost(self, peer: Peer, how: str) -> None:
-        self._end(End(cli.PEER_LOST, f"{peer.member} {how}, in {peer.doing}"), peer.member)
+        self._end(End(cli.RESTART, f"{peer.member} {how}, in {peer.doing}"), peer.member)
 
     def _seen(self, peer: Peer) -> End:
         """The end of another process, as the others end with it."""
         return self._of_others(peer.member, peer.left)
 
     def _of_others(self, member: Member, end: End) -> End:
-        status = cli.PEER_LOST if end.status == cli.CRASHED else end.status
+        status = cli.RESTART if end.status == cli.CRASHED else end.status
         return End(status, f"{member}: {end.message}")
 
     def _end(self, end: End, lost: Member | None = None) -> None:
@@ -310,7 +316,7 @@ class Job:
         if next(member for member in self.here if member != lost) == self.members[self.index]:  # one speaks on a host
             with contextlib.suppress(OSError):  # nobody listens
                 os.write(2, f"error: {end.message}\n".encode(errors="backslashreplace"))
-        if end.status == cli.PEER_LOST and self.folder is not None:
+        if end.status == cli.RESTART and self.folder is not None:
             with contextlib.suppress(OSError), (self.folder / f"stacks-{self.index}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
         os._exit(end.status)

@@ -51,7 +51,7 @@ def call(process: Process, facts: Mapping[str, str], seconds: float) -> tuple[li
         seconds: until those that have not answered are missing.
 
     Raises:
-        cli.Exit: some are missing (PEER_LOST: they may come another time), or were started otherwise (USER_ERROR);
+        cli.Exit: some are missing (RESTART: they may come another time), or were started otherwise (USER_ERROR);
             without a message where process 0 prints it on the same host.
         ConfigError: process 0 cannot listen.
     """
@@ -78,7 +78,7 @@ def _gather(process: Process, me: Member, seconds: float) -> tuple[list[Member],
                 connection = Connection(listener.accept()[0])
             except TimeoutError:
                 missing = _missing([member for member, _ in found], seconds)
-                wrong = wrong or cli.Exit(cli.PEER_LOST, missing)
+                wrong = wrong or cli.Exit(cli.RESTART, missing)
                 break
             if (member := _introduced(connection)) is None:
                 continue
@@ -114,7 +114,7 @@ def _listener(process: Process) -> socket.socket:
         got = f"cannot listen on port {process.port} of {socket.gethostname()} ({e.strerror})"
         line = f"--coordinator: {got}; takes a free port of the machine of process 0"
         if process.job and e.errno == errno.EADDRINUSE:  # nobody has chosen it: it may be free another time
-            raise cli.Exit(cli.PEER_LOST, f"{line}; this one follows from {process.job}") from None
+            raise cli.Exit(cli.RESTART, f"{line}; this one follows from {process.job}") from None
         raise ConfigError(line) from None
 
 
@@ -122,7 +122,7 @@ def _send_away(connection: Connection, member: Member, me: Member) -> None:
     """Tells a process of another job, whose name has led it to the same port."""
     own, other = member.job or "a job without a name", me.job or "a job without a name"
     why = f"--coordinator: {member} of {own} got the port of {me} of {other}; takes that of its own process 0"
-    connection.send(refused={"status": cli.PEER_LOST, "why": why}, members=[])
+    connection.send(refused={"status": cli.RESTART, "why": why}, members=[])
     connection.close()
 
 
@@ -186,7 +186,7 @@ def _answer(process: Process, me: Member, seconds: float) -> tuple[list[Member],
         connection.link.settimeout(None)
         return [Member(**member) for member in reply["members"]], [connection]
     raise cli.Exit(
-        cli.PEER_LOST,
+        cli.RESTART,
         f"--coordinator: got {process.address}, where process 0 was not reached within {seconds:g} s (--join_seconds): "
         f"{reason}; takes the HOST:PORT of process 0",
     )

@@ -15,16 +15,19 @@ POLL = 0.2  # seconds between two looks at the parent
 
 def run(parent: int, arguments: Sequence[str]) -> int:
     """Runs Python with `arguments`; its status, negative where a signal has ended it."""
+    received: list[int] = []  # signals that the child has not got yet: one may come before there is a child
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     child = subprocess.Popen([sys.executable, *arguments])
-    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
     told = False
     while True:
         try:
             return child.wait(POLL)
         except subprocess.TimeoutExpired:
             if os.getppid() != parent and not told:
-                child.send_signal(signal.SIGTERM)
+                received.append(signal.SIGTERM)
                 told = True
+            while received:
+                child.send_signal(received.pop())
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from maxsep.config import paths, streams
+from maxsep.config.faults import of_the_world
 from maxsep.config.files import load_config
 from maxsep.config.help import page
 from maxsep.config.paths import REPOSITORY
@@ -42,8 +43,9 @@ from maxsep.config.schema import (
 from maxsep.config.stored import read_config
 from maxsep.config.validate import validate
 
-# Exit statuses; anything that is nobody's mistake but a crash is CRASHED.
-DONE, USER_ERROR, CRASHED, PEER_LOST, NONFINITE, SAVE_FAILED, STOPPED = 0, 2, 70, 71, 72, 73, 75
+# Exit statuses. RESTART: of what other machines, disks and networks did, so that the same command may succeed another
+# time. Anything that is nobody's mistake but a crash is CRASHED.
+DONE, USER_ERROR, CRASHED, RESTART, NONFINITE, SAVE_FAILED, STOPPED = 0, 2, 70, 71, 72, 73, 75
 UNREAD = 141  # as a shell tells of SIGPIPE
 
 
@@ -132,6 +134,8 @@ def outcome(error: BaseException) -> tuple[int, str]:
     match error:
         case Exit():
             return error.status, text
+        case ConfigError() | OSError() if of_the_world(error):
+            return RESTART, text
         case ConfigError():
             return USER_ERROR, text
         case KeyboardInterrupt():

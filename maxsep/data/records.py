@@ -9,16 +9,19 @@ record is shorter, and padded with -1 when read. A record is stored as the bytes
 """
 
 import bisect
+import contextlib
+import errno
 import functools
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import SupportsIndex
 
 import numpy as np
 
-from maxsep.config import ConfigError
+from maxsep.config import ConfigError, cli, faults
 from maxsep.config.checksum import checksum
 
 FORMAT = 1
@@ -47,7 +50,7 @@ class Records:
         self.documents = split["documents"]
         self.sequence_length = sequence_length
         self._dtype = dtype
-        self._paths = [folder / shard["file"] for shard in split["shards"]]
+        self._folder, self._shards = folder, split["shards"]
         self._ends = list(itertools.accumulate(shard["records"] for shard in split["shards"]))
         self._open = functools.lru_cache(OPEN_SHARDS)(open_shard)
 
@@ -66,12 +69,30 @@ class Records:
         return record
 
     def _read(self, shard: int, index: int) -> np.ndarray:
-        path = self._paths[shard]
+        path = self._folder / self._shards[shard]["file"]
+
+        def read() -> np.ndarray:
+            try:
+                return np.frombuffer(self._open(path).read([index])[0], self._dtype)
+            except Exception:
+                self._open.cache_clear()  # what was opened before a fault may fail after it too
+                raise
+
         try:
-            return np.frombuffer(self._open(path).read([index])[0], self._dtype)
+            return faults.retried(read)
         except (RuntimeError, ValueError, IndexError) as error:
-            reason = " ".join(str(error).split())
-            raise Damaged(path, f"record {index}: {reason}; delete its folder to have it prepared again") from None
+            raise self._unreadable(self._shards[shard], index, error) from error
+
+    def _unreadable(self, shard: dict, index: int, error: Exception) -> Exception:
+        """Where the file is whole, its content is damaged; else a new start finds it again, or prepares it anew."""
+        path, reason = self._folder / shard["file"], " ".join(str(error).split())
+        code = faults.number(error)
+        if code in faults.RIGHTS:
+            return ConfigError(f"data.cache: {path} cannot be read ({os.strerror(code)}); takes a file to read")
+        with contextlib.suppress(OSError):
+            if code is None and path.stat().st_size == shard["bytes"]:
+                return Damaged(path, f"record {index}: {reason}; delete its folder to have it prepared again")
+        return cli.Exit(cli.RESTART, f"data.cache: {path} cannot be read: {reason}; the same command resumes")
 
 
 class Corpus:
@@ -111,19 +132,32 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a prepared folder, once every shard is there with its size and number of records.
 
     Raises:
-        Damaged: the folder is not as it was written.
+        Damaged: the folder is not as it was written, also after `faults.RETRY_SECONDS`.
+        ConfigError: it cannot be read.
     """
-    path = folder / "manifest.json"
-    try:
-        content = json.loads(path.read_bytes())
-        check = content.pop("checksum")
-    except (OSError, ValueError, KeyError) as error:
-        raise Damaged(path, error) from None
-    if check != checksum(content):
-        raise Damaged(path, "its checksum differs")
-    for shard in content["train"]["shards"] + content["eval"]["shards"]:
-        check_shard(folder, shard)
-    return content
+
+    def read() -> dict:
+        path = folder / "manifest.json"
+        try:
+            content = json.loads(path.read_bytes())
+            check = content.pop("checksum")
+        except (OSError, ValueError, KeyError) as error:
+            raise _fault(path, error) from error
+        if check != checksum(content):
+            raise Damaged(path, "its checksum differs")
+        for shard in content["train"]["shards"] + content["eval"]["shards"]:
+            check_shard(folder, shard)
+        return content
+
+    return faults.retried(read)
+
+
+def _fault(path: Path, error: Exception) -> ConfigError:
+    """Damaged, where the file is there and is none of ours, or is not there; else what the system says."""
+    code = faults.number(error)
+    if code in (None, errno.ENOENT):
+        return Damaged(path, "missing" if code else " ".join(str(error).split()))
+    return ConfigError(f"data.cache: {path} cannot be read ({os.strerror(code)}); takes a file to read")
 
 
 def check_shard(folder: Path, shard: dict) -> None:
@@ -131,15 +165,16 @@ def check_shard(folder: Path, shard: dict) -> None:
 
     Raises:
         Damaged: the file is missing, or they differ.
+        ConfigError: it cannot be read.
     """
     path = folder / shard["file"]
-    size = path.stat().st_size if path.exists() else None
-    if size != shard["bytes"]:
-        raise Damaged(path, "missing" if size is None else f"{size} bytes, not {shard['bytes']}")
     try:
-        count = open_shard(path).num_records()
-    except (RuntimeError, ValueError) as error:
-        raise Damaged(path, error) from None
+        size = path.stat().st_size
+        count = open_shard(path).num_records() if size == shard["bytes"] else 0
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _fault(path, error) from error
+    if size != shard["bytes"]:
+        raise Damaged(path, f"{size} bytes, not {shard['bytes']}")
     if count != shard["records"]:
         raise Damaged(path, f"{count} records, not {shard['records']}")
 

@@ -1,16 +1,14 @@
 """Checkpoints of a run: the training state and the data position, saved as one, restored onto any mesh.
 
 Orbax writes in the background and commits a step by renaming its finished folder, so a step is there whole or not at
-all. What a step has to be is kept beside it (saved_step.py) and checked when it is read: a damaged one is told, and the
-one before it is taken.
+all. What a step has to be is kept beside it (record.py) and checked when it is read (saved_step.py): a damaged one is
+told, and the one before it is taken.
 """
 
-import contextlib
 import math
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +19,24 @@ from maxsep.cluster.job import ALONE, End, Job
 from maxsep.config import ConfigError, cli
 from maxsep.output import orbax_errors, tree
 from maxsep.output.console import say
-from maxsep.output.saved_step import FILE_BYTES, RECORD, STATE, Damaged, Record, SavedStep, array_handler, one_line
+from maxsep.output.record import RECORD, STATE, Damaged, Record, RecordHandler, RecordSave
+from maxsep.output.retention import Kept, Losses
+from maxsep.output.saved_step import FILE_BYTES, SavedStep, array_handler, one_line
 
 DAMAGED = "damaged"  # where a run that goes on from an older step puts those that it could not
 TRASH = "trash"  # retention renames a step into it, so that a kill never leaves a step half deleted
+WRITE_RATE = 10e6  # bytes per second that a process writes at the least: a slower save counts as stuck
+LEAST_SECONDS = 1200  # in which Orbax counts no save as stuck: its own default
 ALIKE_SECONDS = 10.0  # in which a save that failed in one process is found to have failed in the others
 
 
 class SaveError(RuntimeError):
     """A save failed; the checkpoints before it are whole. The message is one line."""
+
+
+def save_seconds(count: int, job: Job) -> float:
+    """Seconds that a save of `count` bytes may take: their share of each process at `WRITE_RATE`, or the watchdog's."""
+    return max(job.watchdog, count / job.count / WRITE_RATE)
 
 
 class NotFinite(RuntimeError):
@@ -45,44 +52,45 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one folder: the two latest and the one of the lowest `eval_loss`.
+    """The checkpoints in one folder: the two latest and the one of the lowest held-out loss.
 
     Args:
         directory: absolute path; made where it is missing, unless `read_only`.
         read_only: only for restoring: makes, removes and tidies nothing.
         job: this process and the others. Where a save fails in one and the others wait for it, the job ends.
+        seconds: that a save may take.
     """
 
-    def __init__(self, directory: Path, read_only: bool = False, job: Job = ALONE):
-        self.directory, self.job = Path(directory), job
+    def __init__(self, directory: Path, read_only: bool = False, job: Job = ALONE, seconds: float = 0.0):
+        self.directory, self.job, self.seconds = Path(directory), job, seconds
         self._saving: int | None = None
         self._damaged: set[int] = set()  # steps that were tried
         self._writes = not read_only and jax.process_index() == 0
         self._sweep()
-        self._losses: dict[int, float] = {}  # of the steps, as far as they were asked for
+        self._losses = Losses(self.directory, self._writes)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Kept(self._loss),
+            preservation_policy=Kept(self._losses),
             todelete_subdir=TRASH,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             async_options=ocp.AsyncOptions(
+                timeout_secs=max(LEAST_SECONDS, int(2 * seconds)),  # the job's watchdog, which names names, is first
                 post_finalization_callback=self._sweep,
                 create_directories_asynchronously=False,  # else threads wait for minutes for one that cannot be made
             ),
         )
-        handlers = {STATE: array_handler(), RECORD: ocp.JsonCheckpointHandler()}
+        handlers = {STATE: array_handler(), RECORD: RecordHandler()}
         self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
         if job.count > 1 and not read_only:
             orbax_errors.heard_by.append(self.on_error)
 
-    def save(self, step: int, state, data: dict, eval_loss: float | None = None) -> None:
+    def save(self, step: int, state, data: dict) -> None:
         """Starts to save, and returns once the state is copied or its buffers are held: it may then be donated.
 
         Args:
             step: finished optimizer steps. Nothing is done where it is already saved.
             state: pytree of global jax.Arrays.
             data: JSON values; what the data pipeline needs to go on.
-            eval_loss: nats, where an evaluation was made at this step.
 
         Raises:
             SaveError: the save before this one failed, and this one was not begun; or this one cannot be. Calling
@@ -92,15 +100,15 @@ class Checkpoints:
         if step in self.all_steps():
             return
         arrays = tree.named(state)
-        record, infinite = Record.of(step, data, eval_loss, {".".join(path): array for path, array in arrays.items()})
+        record, infinite = Record.of(step, data, {".".join(path): array for path, array in arrays.items()})
         if infinite:
             more = f", and {len(infinite) - 1} more" if len(infinite) > 1 else ""
             raise NotFinite(f"the state after step {step} is not finite: {infinite[0]}{more}")
         items = {
             STATE: ocp.args.PyTreeSave(tree.nested(arrays), ocdbt_target_data_file_size=FILE_BYTES),
-            RECORD: ocp.args.JsonSave(record.to_json()),
+            RECORD: RecordSave.of(record),
         }
-        self._saving, self._losses[step] = step, _or_infinite(eval_loss)
+        self._saving = step
         try:
             self._directory_again()
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -132,6 +140,13 @@ class Checkpoints:
         except Exception as e:
             raise self._failed(e) from e
         self._saving = None
+        self._losses.write()
+
+    def evaluated(self, step: int, loss: float | None) -> None:
+        """Keeps the held-out loss of a step, in nats, if it is saved or being saved; None: it is not finite."""
+        self._losses.put(step, loss)
+        if self._saving is None:
+            self._losses.write()
 
     def close(self) -> None:
         """Waits for the save under way, and ends the background threads.
@@ -165,17 +180,13 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step of the lowest `eval_loss` among those that have one. Waits for the save under way."""
-        losses = {step: loss for step in self.all_steps() if (loss := self._loss(step)) < math.inf}
-        return min(losses, key=lambda step: (losses[step], -step), default=None)
+        """The step of the lowest held-out loss among those that have one. Waits for the save under way.
 
-    def _loss(self, step: int) -> float:
-        """The `eval_loss` of a step; infinite where it has none, or is damaged."""
-        if step not in self._losses:
-            self._losses[step] = math.inf
-            with contextlib.suppress(Damaged):
-                self._losses[step] = _or_infinite(self._step(step).record.eval_loss)
-        return self._losses[step]
+        Raises:
+            ConfigError: a loss cannot be read.
+        """
+        losses = {step: loss for step in self.all_steps() if (loss := self._losses.of(step)) < math.inf}
+        return min(losses, key=lambda step: (losses[step], -step), default=None)
 
     @property
     def ended(self) -> bool:
@@ -221,7 +232,7 @@ class Checkpoints:
             try:
                 arrays, data = self._step(number).whole(wanted, within, cast)
             except Damaged as e:
-                damaged.append(f"checkpoint of step {number} in {self.directory} is damaged: {e}")
+                damaged.append(f"{self._step(number)} is damaged: {e}")
                 self._damaged.add(number)
                 if step is None:
                     say(f"warning: {damaged[-1]}")
@@ -261,7 +272,7 @@ class Checkpoints:
                 if number in self._damaged:
                     say(f"warning: it now lies in {aside}; the run saves another one when it comes to step {number}")
         self.job.agree(None)
-        self._losses = {number: loss for number, loss in self._losses.items() if number <= step}
+        self._losses.forget_after(step)
         self._manager.reload()
         self._sweep()
 
@@ -292,20 +303,3 @@ class Checkpoints:
     def _sweep(self) -> None:
         if self._writes:
             shutil.rmtree(self.directory / TRASH, ignore_errors=True)
-
-
-class _Kept(ocp.checkpoint_managers.PreservationPolicy):
-    """The two latest steps, and the one of the lowest loss; Orbax's own would keep the losses in files of its own."""
-
-    def __init__(self, loss: Callable[[int], float]):
-        self._loss = loss
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = min(steps, key=lambda step: (self._loss(step), -step), default=None)
-        kept = {*steps[-2:], *([best] if best is not None and self._loss(best) < math.inf else [])}
-        return [step in kept for step in steps]
-
-
-def _or_infinite(loss: float | None) -> float:
-    return loss if loss is not None and math.isfinite(loss) else math.inf

@@ -1,18 +1,17 @@
-"""One saved step: its arrays, and the record beside them that tells what they have to be.
+"""One saved step, read: its arrays, compared with the record beside them (record.py).
 
-Orbax notices that a file is missing or cut short, but hands over flipped bits as they are. So the record has the
-fingerprint of every array, computed on the devices when it was saved, and a checksum of itself.
+What cannot be read is waited for, as a disk or a network may come back. Then it is damage only if a fingerprint or a
+checksum is wrong, or a file is missing or short; anything else says nothing about the step, and ends the job.
 
 It is read without Orbax's manager, whose processes wait for each other: where one cannot read its part, all may agree
 on another step.
 """
 
 import functools
-import json
+import os
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,74 +19,25 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from maxsep.cluster.job import ALONE, Job
-from maxsep.config import ConfigError
-from maxsep.config.checksum import checksum
+from maxsep.config import ConfigError, cli, faults
 from maxsep.output import tree
 from maxsep.output.console import say
 from maxsep.output.fingerprint import fingerprints
+from maxsep.output.record import STATE, Damaged, Incomplete, Leaf, Record
 
 # Replicas share the writing of an array from this size on, in bytes. Each slice is compiled once for every device, at
 # the first save: for small arrays that took 2.2 s of a 16-device run, and saved nothing.
 SHARED_WRITE_BYTES = 64 * 2**20
-STATE, RECORD = "state", "data"  # folders of a step
 AT_ONCE_BYTES = 2**30  # of arrays that are read to be cast
 FILE_BYTES = 2**26  # of a data file: what is written is held in memory, compressed, until one is full
 
+# How TensorStore says that an array's own bytes cannot be decoded: of these the record has no checksum.
+UNDECODABLE = re.compile(r"\b(DATA_LOSS|FAILED_PRECONDITION|OUT_OF_RANGE): ")
+# What a process says of a part that it could not read; of several, the first of these counts.
+KINDS = (ConfigError, cli.Exit, Damaged, Incomplete)
+
 Shapes = dict[tuple[str, ...], jax.ShapeDtypeStruct]  # with a NamedSharding, of any mesh, as each; by path
 Arrays = dict[tuple[str, ...], jax.Array]
-
-
-class Damaged(Exception):
-    """What a step has on disk is not what was saved; the message says what, in one line."""
-
-
-class Leaf(NamedTuple):
-    """What an array of the state has to be."""
-
-    dtype: str
-    shape: list[int]
-    fingerprint: int | None = None  # None: saved by a version that made none
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is kept beside the arrays."""
-
-    step: int
-    data: dict  # JSON values of the caller's: where the data pipeline stands
-    eval_loss: float | None  # nats; None: not evaluated at this step
-    state: dict[str, Leaf]  # by name; empty where an older version has saved the step: nothing is known then
-
-    @classmethod
-    def of(cls, step: int, data: dict, eval_loss: float | None, arrays: dict[str, jax.Array]) -> tuple["Record", list]:
-        """The record of a state, and the names of the arrays with entries that are not finite."""
-        bits, infinite = fingerprints(arrays)
-        leaves = {name: Leaf(x.dtype.name, list(x.shape), bits[name]) for name, x in arrays.items()}
-        return cls(step, data, eval_loss, leaves), infinite
-
-    def to_json(self) -> dict:
-        content = {"step": self.step, "data": self.data, "eval_loss": self.eval_loss, "state": self.state}
-        content = json.loads(json.dumps(content))
-        return content | {"checksum": checksum(content)}
-
-    @classmethod
-    def from_json(cls, step: int, content: dict, old_loss: Callable[[], float | None]) -> "Record":
-        """The record that `to_json` made; `old_loss` is that of one which an older version has made.
-
-        Raises:
-            Damaged: it is not, or not of this step.
-        """
-        if set(content) == {"position"}:  # by a version without fingerprints
-            return cls(step, content, old_loss(), {})
-        if content.pop("checksum", None) != checksum(content):
-            raise Damaged("its record does not have the checksum that it was saved with")
-        if content["step"] != step:
-            raise Damaged(f"it is the step {content['step']}")
-        leaves = {name: Leaf(*values) for name, values in content["state"].items()}
-        return cls(step, content["data"], content["eval_loss"], leaves)
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -109,22 +59,10 @@ class SavedStep:
         """What is kept beside the arrays.
 
         Raises:
-            Damaged: it cannot be read, or has changed.
+            Damaged, Incomplete: it has changed, or is missing.
+            OSError: it cannot be read.
         """
-        try:
-            content = json.loads((self.folder / RECORD / "metadata").read_bytes())
-        except (OSError, ValueError) as e:
-            raise Damaged(f"its record cannot be read: {one_line(e)}") from e
-        if not isinstance(content, dict):
-            raise Damaged("its record is none")
-        return Record.from_json(self.step, content, self._old_loss)
-
-    def _old_loss(self) -> float | None:
-        """The loss as Orbax's own file has it."""
-        try:
-            return float(json.loads((self.folder / "metrics" / "metrics").read_bytes())["eval_loss"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return Record.read(self.folder)
 
     def whole(self, wanted: Shapes, within: tuple[str, ...] = (), cast: bool = False) -> tuple[Arrays, dict]:
         """The arrays under `within` that are wanted, by path, and the data beside them; compared with what was saved.
@@ -134,8 +72,9 @@ class SavedStep:
             cast: the dtypes may be others than those that were saved.
 
         Raises:
-            ConfigError: another model was saved.
             Damaged: they are not as they were saved; in all processes.
+            ConfigError: another model was saved, or this user may not read it.
+            cli.Exit: some process cannot read it, which says nothing about the step.
         """
         out: Arrays = {}
         for part in self._alike(lambda: self.parts(wanted, within, cast)):
@@ -146,21 +85,66 @@ class SavedStep:
                 while arrays:  # one after the other, which frees what was read
                     path, array = arrays.popitem()
                     out[path] = array.astype(wanted[path].dtype)
-        if not self.record.state:
-            say(f"checkpoint of step {self.step} is of a version without fingerprints: damage would not be noticed")
         return out, self.record.data
 
     def _alike(self, part: Callable):
-        """What `part` returns, if nothing is damaged in any process."""
-        found, error = None, None
+        """What `part` returns, if all processes of the job can read; it may be called again.
+
+        Raises:
+            as `whole`; in all processes the same.
+        """
+        found = error = None
         try:
-            found = part()
-        except Damaged as e:
-            error = str(e)
-        for member, other in zip(self.job.members, self.job.agree(error), strict=True):
-            if other is not None:
-                raise Damaged(other if self.job.count == 1 else f"{other} ({member})")
-        return found
+            found = faults.retried(part, (ConfigError, Damaged), self._told)
+        except Exception as e:
+            error = self._judged(e)
+        said = self.job.agree(error and [KINDS.index(type(error)), str(error)])
+        failed = [answer for answer in said if answer is not None]
+        if not failed:
+            return found
+        kind, line = worst = min(failed)
+        if said.count(worst) < len(said):
+            line = f"{line} ({self.job.members[said.index(worst)]})"
+        # What is missing for one process of many may only be late there: the first looks too.
+        if KINDS[kind] is Incomplete and self.job.agree(self.job.first and self._incomplete())[0]:
+            raise Damaged(line)
+        if KINDS[kind] in (Incomplete, cli.Exit):
+            raise cli.Exit(cli.RESTART, f"{self} cannot be read: {line}; nothing was changed")
+        raise KINDS[kind](line)
+
+    def _judged(self, error: Exception) -> Exception:
+        """What an error says about the step, as one of `KINDS`."""
+        if isinstance(error, ConfigError | Damaged):
+            return error
+        wrong = None
+        if faults.number(error) not in faults.RIGHTS | faults.WORLD:
+            try:
+                wrong = self.record.wrong_file(self.folder)
+            except (Damaged, Incomplete) as e:
+                wrong = e
+            except Exception as e:  # the record cannot be read either
+                error = e
+        code, line = faults.number(error), one_line(error)
+        if wrong is not None:
+            return wrong
+        if code in faults.RIGHTS:
+            return ConfigError(f"{self} cannot be read: {line}; takes one that this user may read")
+        if code is None and any(UNDECODABLE.search(str(e)) for e in faults.chain(error)):
+            return Damaged(f"it cannot be read: {line}")
+        return cli.Exit(cli.RESTART, line)
+
+    def _incomplete(self) -> bool:
+        """Whether a file is missing or short as this process sees it."""
+        try:
+            return isinstance(Record.read(self.folder).wrong_file(self.folder), Incomplete)
+        except Incomplete:
+            return True
+
+    def _told(self, error: Exception) -> None:
+        say(f"warning: {self} cannot be read: {one_line(error)}; trying again for {faults.RETRY_SECONDS:g} s")
+
+    def __str__(self) -> str:
+        return f"checkpoint of step {self.step} in {self.folder.parent}"
 
     def parts(self, wanted: Shapes, within: tuple[str, ...] = (), cast: bool = False) -> list[Shapes]:
         """What to read of the arrays under `within` for the shapes and shardings that are wanted, as it was saved.
@@ -170,7 +154,7 @@ class SavedStep:
 
         Raises:
             ConfigError: another model was saved.
-            Damaged: it cannot be read, or has changed.
+            Damaged: it has changed. And whatever keeps it from being read.
         """
         saved = self._check(wanted, within, cast)
         shapes = {
@@ -179,20 +163,13 @@ class SavedStep:
         return _groups(shapes) if cast else [shapes]
 
     def read(self, shapes: Shapes) -> Arrays:
-        """The arrays of a part, straight into their shardings.
-
-        Raises:
-            Damaged: they cannot be read.
-        """
+        """The arrays of a part, straight into their shardings. Raises whatever keeps them from being read."""
         # Without a sharding in every leaf Orbax would take the mesh the checkpoint was saved on.
         assert all(isinstance(x.sharding, jax.sharding.NamedSharding) for x in shapes.values())
         wanted = tree.nested(shapes)
         how = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-        try:
-            return tree.named(self._arrays.restore(self.folder / STATE, args=args))
-        except Exception as e:
-            raise Damaged(f"it cannot be read: {one_line(e)}") from e
+        return tree.named(self._arrays.restore(self.folder / STATE, args=args))
 
     def compare(self, arrays: Arrays) -> None:
         """Compares what was read with what was saved; in all processes alike.
@@ -201,7 +178,7 @@ class SavedStep:
             Damaged: it is not the same.
         """
         recorded = self.record.state
-        bits, _ = fingerprints({".".join(path): array for path, array in arrays.items()} if recorded else {})
+        bits, _ = fingerprints({".".join(path): array for path, array in arrays.items()})
         other = [name for name, value in bits.items() if recorded[name].fingerprint != value]
         if other:
             more = f", and {len(other) - 1} more" if len(other) > 1 else ""
@@ -209,25 +186,18 @@ class SavedStep:
 
     def _check(self, wanted: Shapes, within: tuple[str, ...], cast: bool) -> dict[tuple[str, ...], Leaf]:
         """What was saved. Refuses what Orbax would cast in silence, or complain of in hundreds of lines."""
-        try:
-            metadata = tree.named(self._arrays.metadata(self.folder / STATE).tree)
-            stored = {path: Leaf(np.dtype(x.dtype).name, list(x.shape)) for path, x in metadata.items()}
-        except Exception as e:
-            raise Damaged(f"it cannot be read: {one_line(e)}") from e
-        if recorded := self.record.state:
-            saved = {tuple(name.split(".")): leaf for name, leaf in recorded.items()}
-            if {path: str(leaf) for path, leaf in saved.items()} != {path: str(leaf) for path, leaf in stored.items()}:
-                raise Damaged("its arrays are not those that were saved")
-        else:
-            saved = stored
+        saved = {tuple(name.split(".")): leaf for name, leaf in self.record.state.items()}
+        metadata = tree.named(self._arrays.metadata(self.folder / STATE).tree)
+        stored = {path: str(Leaf(np.dtype(x.dtype).name, list(x.shape))) for path, x in metadata.items()}
+        if {path: str(leaf) for path, leaf in saved.items()} != stored:
+            raise Damaged("its arrays are not those that were saved")
         saved = {path: leaf for path, leaf in saved.items() if path[: len(within)] == within}
         for path in sorted(saved.keys() | wanted.keys()):
             have = str(saved.get(path, "missing"))
             want = str(Leaf(wanted[path].dtype.name, list(wanted[path].shape))) if path in wanted else "missing"
             same = path in saved and path in wanted and list(wanted[path].shape) == list(saved[path].shape)
             if have != want and not (cast and same):
-                where = f"checkpoint of step {self.step} in {self.folder.parent}"
-                raise ConfigError(f"{where}: {'.'.join(path)} is {have} there and {want} in this model")
+                raise ConfigError(f"{self}: {'.'.join(path)} is {have} there and {want} in this model")
         return saved
 
 
@@ -246,6 +216,12 @@ def _groups(shapes: Shapes) -> list[Shapes]:
 
 
 def one_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
+    """An error of a library, for people: what it was raised from, with the file if the system refused one."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     text = " ".join(str(cause).split())
+    code, files = faults.number(cause), re.findall(r'local file "([^"]+)"', text)
+    if code is not None and files:  # TensorStore names what it was at from the outside to the inside
+        return f"{files[-1]}: {os.strerror(code)}"
     return f"{type(cause).__name__}: {text[:300]}"

@@ -254,7 +254,7 @@ def found_alike(folder: Path, job: Job, find: Callable[[], list]) -> list:
             return found
         if any(last for _, last in answers):
             what = f"--workdir: {folder} still holds something else for {other} than for {job.members[0]}"
-            raise cli.Exit(cli.PEER_LOST, f"{what} after {ALIKE_SECONDS:g} s; {SHARED}")
+            raise cli.Exit(cli.RESTART, f"{what} after {ALIKE_SECONDS:g} s; {SHARED}")
         time.sleep(1)
 
 

@@ -126,7 +126,7 @@ class Loop:
             del state  # makes room for the one that is read
             state, at = self.roll_back(at, good, what)
         if self.not_finite is None:
-            self.save(state, at, None)
+            self.save(state, at)
             self.wait_for_save(at.step)
         kept = "the state before them" if self.not_finite is None else "the one before it"
         back = f", after {at.rollbacks} of {self.settings.rollbacks} rollbacks (train.rollbacks)"
@@ -199,10 +199,14 @@ class Loop:
                     self.take_metrics(row=last or evaluate)
                     if self.lost:
                         break
-                    loss = self.evaluate(state, step) if evaluate else None
+                    saved = last or _due(settings.checkpoint_every, step)
+                    if saved:  # before the evaluation, a fault in which then costs nothing
+                        self.save(state, at)
+                    if evaluate and not self.lost:
+                        self.evaluate(state, step)
+                    if self.cut_off and not saved:
+                        self.save(state, at)
                     last = last or self.cut_off
-                    if last or _due(settings.checkpoint_every, step):
-                        self.save(state, at, loss)
                     self.job.at("training", step)
                     self.clock = time.monotonic()
                 if last or self.lost:
@@ -233,8 +237,10 @@ class Loop:
             self.log(step, "train", values)
         self.progress.step(step)
 
-    def evaluate(self, state: TrainState, step: int) -> float | None:
-        """The held-out loss, which a checkpoint keeps; None where a signal cut the evaluation off."""
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Logs the held-out loss, which the step's checkpoint keeps too, unless a signal cuts the evaluation off."""
+        if not self.compiled_eval:  # which needs memory of its own: a save under way is brought home first
+            self.wait_for_save(step)
         self.progress.print(f"evaluating on {self.corpus.eval.targets:,} held-out tokens …")
         self.job.at("evaluating" if self.compiled_eval else "compiling", step)
 
@@ -244,10 +250,9 @@ class Loop:
 
         scores = self.run.evaluate(state.params, self.corpus, after_batch, self.job.waiting)
         self.compiled_eval, self.cut_off = True, scores is None
-        if scores is None:
-            return None
-        self.log(step, "eval", scores)
-        return scores["loss"]
+        if scores is not None:
+            self.log(step, "eval", scores)
+            self.checkpoints.evaluated(step, scores["loss"])
 
     def log(self, step: int, split: str, values: dict) -> None:
         if self.writer is None:  # the first process does it
@@ -281,7 +286,7 @@ class Loop:
         if self.writer is not None and (self.rows_failed or not (self.folder / "metrics.jsonl").exists()):
             self.write_rows()
 
-    def save(self, state: TrainState, at: Position, eval_loss: float | None) -> None:
+    def save(self, state: TrainState, at: Position) -> None:
         """Starts a checkpoint. One that fails is reported and tried again at the next; training goes on."""
         self.wait_for_save(at.step)
         unwritten = self.job.agree(self.write_rows())[0]
@@ -289,14 +294,16 @@ class Loop:
             self.progress.print(f"warning: checkpoint of step {at.step} was not saved: {unwritten}")
             self.save_failed = True
             return
+        self.job.at("saving", at.step, self.checkpoints.seconds)
         try:
-            self.save_failed = not self.tried(lambda: self.checkpoints.save(at.step, state, at.to_json(), eval_loss))
+            self.save_failed = not self.tried(lambda: self.checkpoints.save(at.step, state, at.to_json()))
         except NotFinite as e:  # in all processes
             self.not_finite = str(e)
+        self.job.at("training", at.step)
 
     def wait_for_save(self, step: int) -> None:
         """Returns when the last checkpoint is on disk."""
-        self.job.at("saving", step)
+        self.job.at("saving", step, self.checkpoints.seconds)
         if not self.tried(self.checkpoints.wait):
             self.save_failed = True
         self.job.at("training", step)

@@ -67,6 +67,11 @@ class Run:
         """Share of a grouped product's rows that there are at a balanced load."""
         return self.program.grouped().filled
 
+    @property
+    def state_bytes(self) -> int:
+        """Of a checkpoint, before it is compressed."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.abstract_state))
+
     def check_kernels(self, job: Job = ALONE) -> str | None:
         """Checks the kernels of our own that the step uses on the devices here; what was checked, None: there is none.
 

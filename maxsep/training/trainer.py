@@ -12,7 +12,7 @@ from maxsep.config import Config, ConfigError
 from maxsep.data import preparation
 from maxsep.measure import flops
 from maxsep.output import console, metrics, workdir
-from maxsep.output.checkpoint import Checkpoints
+from maxsep.output.checkpoint import Checkpoints, save_seconds
 from maxsep.output.lock import Lock
 from maxsep.output.metrics import MetricsWriter
 from maxsep.parallel.mesh import make_mesh
@@ -44,7 +44,11 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
     peak = flops.machine_peak(list(mesh.devices.flat), config.model.products)
     with jax.set_mesh(mesh), console.surviving(), ExitStack() as stack:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
-        console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
+        seconds = save_seconds(run.state_bytes, job)
+        about = {"corpus": corpus.description}
+        if job.count > 1:
+            about["watchdog"] = f"{job.watchdog:g} s per step or batch of an evaluation, {seconds:.0f} s per save"
+        console.say(console.table(f"maxsep: {config.name}", run.described() | about))
         if not (resuming and workdir.of_this_machine(folder)):
             job.at("checking kernels")
             if (checked := run.check_kernels(job)) is not None:
@@ -58,12 +62,14 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
             if not resuming and (folder / "config.json").exists():
                 raise ConfigError(f"--workdir: another job has just begun a run in {folder}; the same command goes on")
             workdir.check_shared(folder, job)
-            checkpoints = stack.enter_context(Checkpoints(folder / workdir.CHECKPOINTS, job=job))
+            checkpoints = stack.enter_context(Checkpoints(folder / workdir.CHECKPOINTS, job=job, seconds=seconds))
             if saved:
                 state, data, step = checkpoints.restore(run.abstract_state)
                 at = Position.saved(step, data)
                 finished = step >= config.train.steps and _check_finished(folder, step, config)
-            evaluated = job.agree("eval" in _logged(folder, at.step))[0]
+            evaluation = job.agree(_logged(folder, at.step).get("eval"))[0]
+            if saved and evaluation is not None:  # a kill may have come before the checkpoint kept it too
+                checkpoints.evaluated(at.step, evaluation["loss"])
             job.agree(None)  # before the first process writes what all have read
             checkpoints.go_on_from(at.step)
             writer = None
@@ -79,7 +85,9 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
                 console.say(f"going on from step {at.step} in {folder}")
                 if config.train.profile and int(config.train.profile.partition(":")[2]) <= at.step:
                     console.say(f"train.profile: steps {config.train.profile} are done; nothing is recorded")
-            Loop(run, corpus, folder, checkpoints, writer, write_config, peak, job).train(state, at, evaluated)
+            Loop(run, corpus, folder, checkpoints, writer, write_config, peak, job).train(
+                state, at, evaluation is not None
+            )
         job.at("ending")
         if job.first:
             summary.finish(run, corpus, folder, None if finished else time.monotonic() - started)
@@ -94,7 +102,7 @@ def _check_finished(folder: Path, step: int, config: Config) -> bool:
     if not (folder / "metrics.jsonl").exists():
         got = f"{folder} has no metrics.jsonl, which has the figures of the run's {step} steps"
         raise ConfigError(f"--workdir: {got}; takes it back, or more train.steps to go on without")
-    missing = {"train", "eval"} - _logged(folder, step)
+    missing = {"train", "eval"} - _logged(folder, step).keys()
     if "train" in missing or (missing and step > config.train.steps):
         least = step + ("train" in missing)
         got = f"got {config.train.steps}, but the run in {folder} was stopped after step {step}"
@@ -102,11 +110,11 @@ def _check_finished(folder: Path, step: int, config: Config) -> bool:
     return not missing
 
 
-def _logged(folder: Path, step: int) -> set[str]:
-    """The splits that have a row of this step."""
+def _logged(folder: Path, step: int) -> dict[str, dict]:
+    """The rows of this step, by split."""
     path = folder / "metrics.jsonl"
     rows = metrics.read_rows(path) if path.exists() else []
-    return {row["split"] for row in rows if row["step"] == step}
+    return {row["split"]: row for row in rows if row["step"] == step}
 
 
 def evaluate(config: Config, folder: Path, job: Job = ALONE) -> None:

@@ -11,3 +11,14 @@ from maxsep.cluster.rollcall import Member
 def test_who_compiles_may_be_silent_for_longer_but_jax_never_ends_it_first(phase, times):
     job = Job([Member.of(Process())], Process(), heartbeat=30.0)
     assert job.silence(Doing(phase)) == times * 30 < 4 * job.heartbeat + 60  # start.py tells JAX the latter
+
+
+@pytest.mark.parametrize("seconds, ended_with", [(700, None), (2700, None), (2800, "nothing came to an end in 2750 s")])
+def test_a_save_is_stuck_after_its_own_limit(monkeypatch, seconds, ended_with):
+    """Whatever the others do meanwhile, which wait for it."""
+    ends = []
+    monkeypatch.setattr(Job, "_end", lambda self, end, lost=None: ends.append(end.message))
+    job = Job([Member.of(Process())], Process(), watchdog=600.0)
+    job.members = job.members * 2
+    job._look_for_stuck([Doing("saving", 3, seconds=seconds, limit=2750.0), Doing("training", 3, True, seconds)])
+    assert [ended_with in end for end in ends] == [True] * (ended_with is not None)

@@ -5,14 +5,16 @@ import math
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import kill
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import snapshot
 
-from maxsep.config import Config, DataConfig, ModelConfig
+from maxsep.config import Config, ConfigError, DataConfig, ModelConfig, cli, faults
 from maxsep.data import files, loader, packing, preparation, records
 from maxsep.data.files_source import place
 from maxsep.data.records import Corpus, Damaged
@@ -140,6 +142,73 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
             assert "train-00000.array_record" in str(error)
             noticed += 1
     assert noticed
+
+
+class Faulty:
+    """Shards whose first `times` reads fail; `faulty.error` is what array_record raises then."""
+
+    def __init__(self, monkeypatch, error: str, times: float):
+        self.error, self.left, self.open = error, times, records.open_shard
+        monkeypatch.setattr(records, "open_shard", self.opened)
+
+    def opened(self, path):
+        reader = self.open(path)
+
+        def read(indices):
+            self.fail()
+            return reader.read(indices)
+
+        def num_records():
+            self.fail()
+            return reader.num_records()
+
+        return SimpleNamespace(read=read, num_records=num_records)
+
+    def fail(self):
+        if self.left > 0:
+            self.left -= 1
+            raise RuntimeError(self.error)
+
+
+GONE = "read() failed: Input/output error; reading a.array_record; at byte 0; Could not read"
+
+
+def test_a_record_that_cannot_be_read_is_waited_for(corpus, monkeypatch):
+    whole = stream(corpus.train)
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 60.0)
+    monkeypatch.setattr(faults, "PAUSES", (0.0, 0.0))
+    faulty = Faulty(monkeypatch, GONE, 3)
+    again = Corpus(corpus.folder, corpus.tokenizer, corpus.source)
+    assert faulty.left == 0
+    faulty.left = 3
+    assert stream(again.train) == whole and faulty.left == 0
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (GONE, cli.RESTART),
+        (GONE.replace("Input/output error", "Stale file handle"), cli.RESTART),
+        ("open() failed: No such file or directory; opening a.array_record", cli.RESTART),  # prepared anew
+        ("open() failed: Permission denied; opening a.array_record", cli.USER_ERROR),
+        ("Corrupted Riegeli/records file: chunk header hash mismatch", cli.USER_ERROR),
+    ],
+)
+def test_a_record_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch, error, status):
+    faulty = Faulty(monkeypatch, error, 0)
+    corpus = ensure(tmp_path, ["a text"] * 20)
+    before = snapshot(corpus.folder)
+    faulty.left = math.inf
+    with pytest.raises((cli.Exit, ConfigError)) as caught:
+        corpus.train[0]
+    found, line = cli.outcome(caught.value)
+    assert found == status and line.startswith(f"data.cache: {corpus.folder}/train-00000.array_record ")
+    if "Corrupted" in error or "No such" in error:
+        return  # at the start this is damage, and the corpus is prepared anew: above
+    with pytest.raises(ConfigError) as caught:
+        ensure(tmp_path)
+    assert cli.outcome(caught.value)[0] == status
+    assert snapshot(corpus.folder) == before, "what cannot be read is not removed"
 
 
 def take(batches, count):

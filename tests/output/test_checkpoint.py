@@ -82,7 +82,8 @@ def test_keeps_the_latest_two_and_the_best(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best_step() is None and checkpoints.all_steps() == []
         for step, loss in losses.items():
-            checkpoints.save(step, state, {}, loss)
+            checkpoints.save(step, state, {})
+            checkpoints.evaluated(step, loss)
             best = [s for s in range(1, step + 1) if losses[s] is not None and losses[s] < 9] or [1]
             expected = {min(best, key=lambda s: losses[s]), step - 1, step} - {0}
             checkpoints.wait()  # on disk, not only in memory
@@ -90,9 +91,11 @@ def test_keeps_the_latest_two_and_the_best(tmp_path):
             assert checkpoints.all_steps() == sorted(expected)
     with Checkpoints(tmp_path) as checkpoints:
         assert (checkpoints.all_steps(), checkpoints.best_step()) == ([2, 6, 7], 2)
-        checkpoints.save(8, state, {}, 1.0)
-        assert (checkpoints.all_steps(), checkpoints.best_step()) == ([7, 8], 8)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["7", "8"]
+        checkpoints.save(8, state, {})
+        checkpoints.evaluated(8, 1.0)
+        assert (checkpoints.all_steps(), checkpoints.best_step()) == ([2, 7, 8], 8)
+        checkpoints.save(9, state, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["8", "9"]
 
 
 def test_without_evaluations_keeps_the_latest_two(tmp_path):
@@ -271,7 +274,8 @@ def save_for_ever(directory):
     shapes = large()
     with Checkpoints(directory) as checkpoints:
         for step in itertools.count(max(checkpoints.all_steps(), default=0) + 1):
-            checkpoints.save(step, state_of(shapes, step), {"position": step}, float(step % 5))
+            checkpoints.save(step, state_of(shapes, step), {"position": step})
+            checkpoints.evaluated(step, float(step % 5))
 
 
 @pytest.mark.parametrize("moment", ["retention", pytest.param("save", marks=pytest.mark.slow)])

@@ -1,18 +1,26 @@
 """A run's folder that is in use, damaged, or only to be read: told, and nothing is lost."""
 
+import errno
 import json
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import kill
+import orbax.checkpoint as ocp
 import pytest
-from runs import snapshot, steps
+from runs import checkpoints, snapshot, steps
 from users import held_to_permissions
 
-from maxsep.config import cli
+from maxsep.config import cli, faults
 from maxsep.config.paths import REPOSITORY
+from maxsep.data import records
 from maxsep.output.lock import Lock
+from maxsep.output.record import read_loss
+from maxsep.training.run import Run
 
 
 def damage(step):
@@ -62,6 +70,75 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_taken(call, finis
     assert (status, err) == (cli.DONE, "") and told in out and f"going on from step 2 in {workdir}" in out
     assert (kill.figures(workdir), kill.state(workdir)) == whole
     assert len(list((workdir / "checkpoints" / "damaged").iterdir())) == 1
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(call, finished, monkeypatch):
+    """The disk answers again while the run waits for it, or the run ends to be started again."""
+    whole, left = ocp.PyTreeCheckpointHandler.restore, [math.inf]
+
+    def restore(self, *arguments, **options):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(arguments[0]))
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", restore)
+    before = snapshot(finished)
+    status, _, err = call(finished, train__steps=6)
+    line = (
+        f"error: checkpoint of step 4 in {finished}/checkpoints cannot be read: OSError: [Errno 116] Stale file handle"
+    )
+    assert (status, err.count("\n")) == (cli.RESTART, 1) and err.startswith(line)
+    assert snapshot(finished) == before
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 60.0)
+    monkeypatch.setattr(faults, "PAUSES", (0.0, 0.0))
+    left[0] = 3
+    status, out, _ = call(finished, train__steps=6)
+    assert status == cli.DONE and "; trying again for 60 s\n" in out and "going on from step 4" in out
+
+
+def test_a_record_that_cannot_be_read_ends_the_run_to_be_started_again(call, finished_run, workdir, monkeypatch):
+    """Without what the steps since the last checkpoint did; the run then has the bits of one that was left alone."""
+    opened, left = records.open_shard, [20]
+
+    def faulty(path):
+        reader = opened(path)
+
+        def read(indices):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError(f"read() failed: Input/output error; reading {path}")
+            return reader.read(indices)
+
+        return SimpleNamespace(read=read, num_records=reader.num_records)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(records, "open_shard", faulty)
+        status, _, err = call(workdir, train__checkpoint_every=1)
+    assert status == cli.RESTART and err.startswith("error: data.cache: ") and err.count("\n") == 1
+    assert err.endswith(".array_record; the same command resumes\n") and "cannot be read: read() failed: Input" in err
+    assert len(checkpoints(workdir)) > 0
+    assert call(workdir, train__checkpoint_every=1)[0] == cli.DONE
+    assert kill.state(workdir) == kill.state(finished_run)
+
+
+def test_a_fault_in_an_evaluation_costs_nothing(call, finished_run, workdir, monkeypatch):
+    """The step is saved before. Its loss is kept with it when the evaluation has been made."""
+
+    def out_of_memory(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "evaluate", out_of_memory)
+        status, _, err = call(workdir, train__eval_every=2, train__checkpoint_every=2)
+    assert status == cli.CRASHED and "RESOURCE_EXHAUSTED" in err
+    assert checkpoints(workdir) == [2] and steps(workdir, "train") == [1, 2] and steps(workdir, "eval") == []
+    assert call(workdir, train__eval_every=2, train__checkpoint_every=2)[0] == cli.DONE
+    assert kill.state(workdir) == kill.state(finished_run) and steps(workdir, "eval") == [2, 4]
+    losses = {step: figures["loss"] for (step, split), figures in kill.figures(workdir).items() if split == "eval"}
+    assert {step: read_loss(workdir / "checkpoints" / str(step)) for step in (2, 4)} == losses
+    (workdir / "checkpoints" / "4" / "evaluation.json").unlink()  # as a kill between the row and this file leaves it
+    assert call(workdir)[0] == cli.DONE and read_loss(workdir / "checkpoints" / "4") == losses[4]
 
 
 def test_where_no_checkpoint_is_whole_nothing_begins_anew(call, finished):
