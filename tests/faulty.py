@@ -1,7 +1,7 @@
 """train.py with a planted fault: `python faulty.py FAULT MOMENT STEP`, then train.py's flags.
 
-The fault `reading` is none: it tells which rows of a batch the process reads. With `unreadable` the process cannot
-read the checkpoint of that step.
+The fault `reading` is none: it tells which rows of a batch the process reads. With `damaged` the process reads
+other bits of the checkpoint of that step than were saved.
 """
 
 import os
@@ -29,7 +29,8 @@ def plant(fault: str, moment: str, step: int) -> None:
     import orbax.checkpoint as ocp
 
     from maxsep.data.feed import host_rows
-    from maxsep.output.saved_step import Damaged, SavedStep
+    from maxsep.output.record import Damaged
+    from maxsep.output.saved_step import SavedStep
     from maxsep.training.run import Run
 
     strike, compile_step, save = FAULTS.get(fault), Run.compile_train_step, ocp.CheckpointManager.save
@@ -70,15 +71,15 @@ def plant(fault: str, moment: str, step: int) -> None:
             return train_batches(self, corpus, position)
 
         Run.train_batches = told
-    elif fault == "unreadable":
+    elif fault == "damaged":
         read = SavedStep.read
 
-        def unreadable(self, shapes):
+        def damaged(self, shapes):
             if self.step == step:
                 raise Damaged("planted")
             return read(self, shapes)
 
-        SavedStep.read = unreadable
+        SavedStep.read = damaged
     elif moment == "step":
         Run.compile_train_step = compiled
     elif moment == "write":  # in the background

@@ -12,10 +12,10 @@ WIDE = SMALL | {"mesh__attention": 2, "mesh__expert": 2, "train__checkpoint_ever
 pytestmark = pytest.mark.slow
 
 
-def test_a_checkpoint_that_one_process_cannot_read_is_taken_by_none(workdir, data):
+def test_a_checkpoint_that_is_damaged_for_one_process_is_taken_by_none(workdir, data):
     assert processes.train(workdir, 2, *kill.flags(data, **WIDE))
     whole = kill.state(workdir), kill.figures(workdir)
-    fault = (1, "unreadable", "read", "4")
+    fault = (1, "damaged", "read", "4")
     with processes.Processes(workdir, 2, *kill.flags(data, **WIDE), fault=fault) as both:
         assert both.ended() == [0, 0], both.all_printed()
         printed = both.printed()

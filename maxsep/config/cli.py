@@ -132,10 +132,10 @@ def outcome(error: BaseException) -> tuple[int, str]:
     """The exit status and one line, whatever the error's message."""
     text = " ".join(str(error).split())
     match error:
-        case Exit():
-            return error.status, text
         case ConfigError() | OSError() if of_the_world(error):
             return RESTART, text
+        case Exit():
+            return RESTART if error.status == SAVE_FAILED and of_the_world(error) else error.status, text
         case ConfigError():
             return USER_ERROR, text
         case KeyboardInterrupt():

@@ -23,6 +23,7 @@ import numpy as np
 
 from maxsep.config import ConfigError, cli, faults
 from maxsep.config.checksum import checksum
+from maxsep.output.console import say
 
 FORMAT = 1
 PAD = -1
@@ -79,7 +80,7 @@ class Records:
                 raise
 
         try:
-            return faults.retried(read)
+            return faults.retried(read, told=_told)
         except (RuntimeError, ValueError, IndexError) as error:
             raise self._unreadable(self._shards[shard], index, error) from error
 
@@ -88,7 +89,7 @@ class Records:
         path, reason = self._folder / shard["file"], " ".join(str(error).split())
         code = faults.number(error)
         if code in faults.RIGHTS:
-            return ConfigError(f"data.cache: {path} cannot be read ({os.strerror(code)}); takes a file to read")
+            return _fault(path, error)
         with contextlib.suppress(OSError):
             if code is None and path.stat().st_size == shard["bytes"]:
                 return Damaged(path, f"record {index}: {reason}; delete its folder to have it prepared again")
@@ -149,7 +150,11 @@ def read_manifest(folder: Path) -> dict:
             check_shard(folder, shard)
         return content
 
-    return faults.retried(read)
+    return faults.retried(read, told=_told)
+
+
+def _told(error: Exception) -> None:
+    say(f"warning: {' '.join(str(error).split())}; trying again for {faults.RETRY_SECONDS:g} s")
 
 
 def _fault(path: Path, error: Exception) -> ConfigError:
@@ -157,7 +162,8 @@ def _fault(path: Path, error: Exception) -> ConfigError:
     code = faults.number(error)
     if code in (None, errno.ENOENT):
         return Damaged(path, "missing" if code else " ".join(str(error).split()))
-    return ConfigError(f"data.cache: {path} cannot be read ({os.strerror(code)}); takes a file to read")
+    takes = "; takes one that this user may read" if code in faults.RIGHTS else ""
+    return ConfigError(f"data.cache: {path} cannot be read ({os.strerror(code)}){takes}")
 
 
 def check_shard(folder: Path, shard: dict) -> None:
@@ -170,7 +176,11 @@ def check_shard(folder: Path, shard: dict) -> None:
     path = folder / shard["file"]
     try:
         size = path.stat().st_size
-        count = open_shard(path).num_records() if size == shard["bytes"] else 0
+        if size == shard["bytes"]:
+            reader = open_shard(path)
+            count = reader.num_records()
+            if count == 0 and shard["records"]:  # also where the file cannot be read: this says why
+                reader.read([0])
     except (OSError, RuntimeError, ValueError) as error:
         raise _fault(path, error) from error
     if size != shard["bytes"]:

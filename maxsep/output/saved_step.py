@@ -33,6 +33,7 @@ FILE_BYTES = 2**26  # of a data file: what is written is held in memory, compres
 
 # How TensorStore says that an array's own bytes cannot be decoded: of these the record has no checksum.
 UNDECODABLE = re.compile(r"\b(DATA_LOSS|FAILED_PRECONDITION|OUT_OF_RANGE): ")
+FILES = re.compile(r'(?:local file|open:) "([^"]+)"|open file (.+?): ')  # as TensorStore names them
 # What a process says of a part that it could not read; of several, the first of these counts.
 KINDS = (ConfigError, cli.Exit, Damaged, Incomplete)
 
@@ -130,7 +131,7 @@ class SavedStep:
         if code in faults.RIGHTS:
             return ConfigError(f"{self} cannot be read: {line}; takes one that this user may read")
         if code is None and any(UNDECODABLE.search(str(e)) for e in faults.chain(error)):
-            return Damaged(f"it cannot be read: {line}")
+            return Damaged(line)
         return cli.Exit(cli.RESTART, line)
 
     def _incomplete(self) -> bool:
@@ -141,7 +142,7 @@ class SavedStep:
             return True
 
     def _told(self, error: Exception) -> None:
-        say(f"warning: {self} cannot be read: {one_line(error)}; trying again for {faults.RETRY_SECONDS:g} s")
+        say(f"warning: {self} cannot be read: {self._judged(error)}; trying again for {faults.RETRY_SECONDS:g} s")
 
     def __str__(self) -> str:
         return f"checkpoint of step {self.step} in {self.folder.parent}"
@@ -221,7 +222,7 @@ def one_line(error: BaseException) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = " ".join(str(cause).split())
-    code, files = faults.number(cause), re.findall(r'local file "([^"]+)"', text)
+    code, files = faults.number(cause), FILES.findall(text)
     if code is not None and files:  # TensorStore names what it was at from the outside to the inside
-        return f"{files[-1]}: {os.strerror(code)}"
+        return f"{''.join(files[-1])}: {os.strerror(code)}"
     return f"{type(cause).__name__}: {text[:300]}"

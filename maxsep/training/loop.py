@@ -70,8 +70,8 @@ class Loop:
         self.cut_off = False  # a signal ended the last evaluation
         self.rollbacks = 0  # of the run
         self.saved_everywhere = False  # the save under way has ended in all processes
-        self.save_failed = False
-        self.rows_failed = False
+        self.save_error: Exception | None = None  # of the last save
+        self.rows_error: OSError | None = None  # of rows that wait to be written
 
     def train(self, state: TrainState, at: Position, evaluated: bool) -> None:
         """Trains `state` from `at` on, and evaluates it at the end; `evaluated`: what is due there has been done.
@@ -91,13 +91,13 @@ class Loop:
             self.wait_for_save(at.step)
             self.write_rows()
             self.job.at("ending", at.step)
-        if self.rows_failed:
-            self.save_failed = True
-        if self.asked and (at.step < steps or self.cut_off) and not self.save_failed:
+        error = self.rows_error or self.save_error
+        if self.asked and (at.step < steps or self.cut_off) and not error:
             after = f"in the evaluation after step {at.step}" if self.cut_off else f"after step {at.step}"
             raise cli.Exit(cli.STOPPED, f"{self.asked}: stopped {after}, saved; the same command goes on from there")
-        if self.save_failed:
-            raise cli.Exit(cli.SAVE_FAILED, f"the last save failed; see above. {self.folder} has the one before it")
+        if error:
+            what = f"the last save failed; see above. {self.folder} has the one before it"
+            raise cli.Exit(cli.SAVE_FAILED, what) from error
 
     def train_on(self, state: TrainState, at: Position) -> Position:
         """Trains, with what rollbacks it may take; how far it has come.
@@ -272,18 +272,18 @@ class Loop:
             self.writer.flush()
         except OSError as e:
             why = f"metrics.jsonl cannot be written in {self.folder}: {e.strerror}"
-            if not self.rows_failed:
+            if not self.rows_error:
                 self.progress.print(f"warning: {why}; its rows are kept until it can")
-            self.rows_failed = True
+            self.rows_error = e
             return why
-        if self.rows_failed:
+        if self.rows_error:
             self.progress.print("metrics.jsonl is written again")
-        self.rows_failed = False
+        self.rows_error = None
         return None
 
     def check_folder(self) -> None:
         """Tells in the step in which it happens that the run's folder has gone, and when it is there again."""
-        if self.writer is not None and (self.rows_failed or not (self.folder / "metrics.jsonl").exists()):
+        if self.writer is not None and (self.rows_error or not (self.folder / "metrics.jsonl").exists()):
             self.write_rows()
 
     def save(self, state: TrainState, at: Position) -> None:
@@ -292,11 +292,11 @@ class Loop:
         unwritten = self.job.agree(self.write_rows())[0]
         if unwritten:  # a checkpoint's rows are on disk before it
             self.progress.print(f"warning: checkpoint of step {at.step} was not saved: {unwritten}")
-            self.save_failed = True
+            self.save_error = self.rows_error or SaveError(unwritten)
             return
         self.job.at("saving", at.step, self.checkpoints.seconds)
         try:
-            self.save_failed = not self.tried(lambda: self.checkpoints.save(at.step, state, at.to_json()))
+            self.save_error = self.tried(lambda: self.checkpoints.save(at.step, state, at.to_json()))
         except NotFinite as e:  # in all processes
             self.not_finite = str(e)
         self.job.at("training", at.step)
@@ -304,12 +304,11 @@ class Loop:
     def wait_for_save(self, step: int) -> None:
         """Returns when the last checkpoint is on disk."""
         self.job.at("saving", step, self.checkpoints.seconds)
-        if not self.tried(self.checkpoints.wait):
-            self.save_failed = True
+        self.save_error = self.tried(self.checkpoints.wait) or self.save_error
         self.job.at("training", step)
 
-    def tried(self, part: Callable[[], None]) -> bool:
-        """Whether this part of a save succeeded, in all processes alike.
+    def tried(self, part: Callable[[], None]) -> SaveError | None:
+        """What made this part of a save fail, in all processes alike.
 
         Raises:
             cli.Exit: in some it did, in some not: Orbax's processes no longer wait for each other at the same places.
@@ -319,13 +318,14 @@ class Loop:
             with self.job.waiting():
                 part()
         except SaveError as e:
-            error = str(e)
-            self.progress.print(f"warning: {error}")
-        errors = self.job.agree(error, None if error is None else ALIKE_SECONDS)
+            error = e
+            self.progress.print(f"warning: {e}")
+        errors = self.job.agree(error and str(error), None if error is None else ALIKE_SECONDS)
         failed = [f"{e} ({member})" for e, member in zip(errors, self.job.members, strict=True) if e is not None]
         if 0 < len(failed) < len(errors):
-            raise cli.Exit(cli.SAVE_FAILED, f"{failed[0]}; the same command goes on from the checkpoint before it")
-        return not failed
+            what = f"{failed[0]}; the same command goes on from the checkpoint before it"
+            raise cli.Exit(cli.SAVE_FAILED, what) from error
+        return error
 
 
 def _due(every: int, step: int) -> bool:

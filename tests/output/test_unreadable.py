@@ -25,7 +25,7 @@ def tensorstore(code: str, number: int) -> Exception:
     error = Exception("Encountered error while reading array index: (slice(0, 64, 1),). See full TensorStore details")
     error.__cause__ = ValueError(
         f'{code}: Error reading "params.w/0.0" in OCDBT database at local file "/disk/state/": '
-        f"Error reading local file \"/disk/state/d/12\" [tensorstore_spec='{{}}'] [os_error_code='{number}']"
+        f"Error reading from open file /disk/state/d/12: Failed [tensorstore_spec='{{}}'] [os_error_code='{number}']"
     )
     return error
 
