@@ -31,7 +31,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("decode", True, "also time decoding, on the study's strategies", flag_values=values)
 
 
-def main(args: cli.Args, argv: list[str]) -> None:
+def main(args: cli.Args) -> None:
     from maxsep.ablation import trial
     from maxsep.data import preparation
     from maxsep.output import workdir
@@ -42,11 +42,11 @@ def main(args: cli.Args, argv: list[str]) -> None:
     folder = paths.run_folder(named, exists=False)
     if (folder / "config.json").exists():
         raise ConfigError(f"--workdir: got {named}, which is the folder of a run; takes one for the ablation's runs")
-    config_path = cli.take("config", argv)[0]
+    config_path = cli.take("config", args.argv)[0]
     asked = files.listed(config_path, "RUNS") if args.flags.runs is None else args.flags.runs
     if args.flags.runs is None and not asked:
         raise ConfigError(f"--runs: none given, and {config_path} has no RUNS; takes {runs.TAKES}")
-    shared = cli.config_arguments(argv)
+    shared = cli.config_arguments(args.argv)
     runs.check_free(shared)
     trials = trial.trials(asked, args.config, folder)
     for one in trials:
@@ -79,14 +79,12 @@ def main(args: cli.Args, argv: list[str]) -> None:
         raise cli.Exit(cli.STOPPED, f"{session.stopped}: stopped; the same command goes on from there")
 
 
-def run(argv: list[str]) -> int:
-    """`main` with a command line in which --config is always there, with --size as its argument."""
-    return cli.run(
-        lambda args: main(args, with_config(argv)), define, __doc__, default_config=DEFAULT, argv=with_config(argv)
-    )
+def run(argv: list[str] | None = None) -> int:
+    return cli.run(main, define, __doc__, default_config=DEFAULT, argv=argv, prepared=with_config)
 
 
 def with_config(argv: list[str]) -> list[str]:
+    """The command line with --config, which is always there, and --size as its argument."""
     path, others = cli.take("config", argv)
     size, _ = cli.take("size", argv)
     path = str(paths.shown(REPOSITORY / DEFAULT)) if path is None else path
@@ -95,4 +93,4 @@ def with_config(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.exit(run(sys.argv))
+    sys.exit(run())

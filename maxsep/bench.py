@@ -22,6 +22,7 @@ from maxsep.cluster.job import Job
 from maxsep.config import Config, ConfigError, cli, paths
 from maxsep.measure import peers, plots, report
 from maxsep.measure.timing import measurement, timed
+from maxsep.output.durable import write_asked
 from maxsep.parallel.start import start
 
 PRODUCTS = 3  # matrix products a turn
@@ -65,8 +66,7 @@ def main(args: cli.Args) -> None:
     if options.json:
         paths.to_write("--json", options.json)
     if options.plot:
-        paths.to_write("--plot", options.plot)
-        plots.check("--plot")
+        plots.check("--plot", options.plot)
     alone = [
         what for what, asked in (("decode", not training), ("--peers", names), ("--parts", options.parts)) if asked
     ]
@@ -108,10 +108,9 @@ def measure(args: cli.Args, names: list[str], contexts: list[int], batches: list
         results += of_experts
     if options.plot:
         drawn = [result for result in results if "tpot_seconds" in result]
-        plots.decoding(drawn, paths.to_write("--plot", options.plot))
+        plots.decoding(drawn, plots.check("--plot", options.plot))
     if options.json and job.first:
-        lines = "".join(f"{json.dumps(result)}\n" for result in results)
-        paths.to_write("--json", options.json).write_text(lines, encoding="utf-8")
+        write_asked("--json", options.json, "".join(f"{json.dumps(result)}\n" for result in results))
 
 
 def _positive(flag: str, values: list[str]) -> list[int]:

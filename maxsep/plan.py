@@ -37,8 +37,8 @@ def define(values: flags.FlagValues) -> None:
     )
 
 
-def main(args: cli.Args, argv: list[str]) -> None:
-    from maxsep.output.durable import write_json
+def main(args: cli.Args) -> None:
+    from maxsep.output.durable import json_text, write_asked
     from maxsep.parallel.start import cores
     from maxsep.planning import candidates, rows, session, simulated, table, target
     from maxsep.planning.kept import Kept
@@ -48,8 +48,9 @@ def main(args: cli.Args, argv: list[str]) -> None:
     if options.cluster is None:
         raise ConfigError("--cluster: none given; takes what to plan for, as a100-80gb:4x4 (4 nodes of 4 devices)")
     cluster = load_cluster(options.cluster)
-    out = options.json and paths.to_write("--json", options.json)
-    shared = cli.config_arguments(argv)
+    if options.json:
+        paths.to_write("--json", options.json)
+    shared = cli.config_arguments(args.argv)
     runs.check_free(shared)
     if options.runs is None:
         configs = candidates.every(config, cluster.devices)
@@ -69,12 +70,10 @@ def main(args: cli.Args, argv: list[str]) -> None:
     print("\n".join([*table.text(made, best, cluster), "", reason]))
     if best:
         print(f"train it: {shlex.join(['python', 'train.py', *shared, *best.flags])}")
-    if out:
+    if options.json:
         plan = {"config": config.name, "cluster": options.cluster, "layouts": [dataclasses.asdict(row) for row in made]}
-        try:
-            write_json(out, plan | {"best": best and best.name, "reason": reason, "source": rows.SOURCE})
-        except OSError as e:
-            raise ConfigError(f"--json: cannot write {options.json}: {e.strerror}") from e
+        plan |= {"best": best and best.name, "reason": reason, "source": rows.SOURCE}
+        write_asked("--json", options.json, json_text(plan))
     if all(row.error for row in made):
         raise cli.Exit(cli.CRASHED, f"no layout compiled; the first: {made[0].error}")
 
@@ -102,9 +101,9 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(argv: list[str]) -> int:
-    return cli.run(lambda args: main(args, argv), define, __doc__, default_config=DEFAULT, argv=argv, any_mesh=True)
+def run(argv: list[str] | None = None) -> int:
+    return cli.run(main, define, __doc__, default_config=DEFAULT, argv=argv, any_mesh=True)
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv))
+    sys.exit(run())

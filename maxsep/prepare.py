@@ -18,6 +18,7 @@ from maxsep.cluster import process
 from maxsep.cluster.signals import stopping
 from maxsep.config import cli, paths
 from maxsep.data.preparation import Preparation
+from maxsep.output.durable import write_asked
 from maxsep.output.ticker import Ticker
 
 
@@ -62,7 +63,7 @@ def main(args: cli.Args) -> None:
     figures["unigram_entropy"] = corpus.unigram_entropy
     print(f"unigram cross-entropy of the held-out tokens: {corpus.unigram_entropy:.4f} nats")
     if args.flags.json:
-        paths.to_write("--json", args.flags.json).write_text(json.dumps(figures) + "\n")
+        write_asked("--json", args.flags.json, json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class Args:
     config: Config | None  # checked; None for a tool that takes none
     fit_mesh: bool  # the mesh may follow the machine: no field of it was named, nor, for training, a config or a run
     command: str | None  # train in `bench train`; None for a tool without commands
+    argv: list[str]  # program and arguments, those in flag files among them
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def run(
     argv: Sequence[str] | None = None,
     found: Found | None = None,
     any_mesh: bool = False,
+    prepared: Callable[[list[str]], list[str]] = list,
 ) -> int:
     """Parses the command line, calls `main`, and turns whatever happens into an exit status.
 
@@ -96,13 +98,16 @@ def run(
         argv: program and arguments; None: `sys.argv`.
         found: where the tool's config is found, instead of `default_config`.
         any_mesh: the tool replaces the config's layout and mesh, which are not checked.
+        prepared: what the tool makes of program and arguments before they are parsed.
 
     Returns:
         The exit status, 0 where `main` returned.
     """
     streams.ready()
-    argv = list(sys.argv if argv is None else argv)
     try:
+        if argv is None:
+            argv = sys.argv = expanded(sys.argv)
+        argv = prepared(expanded(argv))
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
             print(help_text(argv, define, doc, default_config, commands, found))
         else:
@@ -111,6 +116,18 @@ def run(
     except (Exception, KeyboardInterrupt) as e:
         return answer(e)
     return DONE
+
+
+def expanded(argv: Sequence[str]) -> list[str]:
+    """Program and arguments, with those in the file that a --flagfile names in its place.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    try:
+        return [*argv[:1], *flags.FlagValues().read_flags_from_files(list(argv[1:]))]
+    except flags.Error as e:
+        raise ConfigError(f"--flagfile: {e}; takes a file of flags, one a line") from e
 
 
 def answer(error: BaseException) -> int:
@@ -158,7 +175,7 @@ def parse(
     """
     values = flags.FlagValues()  # not absl's global ones, to which every imported library adds its own
     define(values)
-    config = None
+    config, given = None, argv
     fit_mesh = False
     path, argv = take("config", argv)
     overridden = _overridden(argv)
@@ -188,7 +205,8 @@ def parse(
         raise ConfigError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     if config is not None:
         validate(config, training=found is None, mesh=not any_mesh)
-    return Args(values, config, fit_mesh and not any(p.startswith("mesh.") for p in overridden), command)
+    fit_mesh = fit_mesh and not any(path.startswith("mesh.") for path in overridden)
+    return Args(values, config, fit_mesh, command, list(given))
 
 
 def config_arguments(argv: Sequence[str]) -> list[str]:

@@ -1,7 +1,9 @@
 """Paths that a user names, and where the package's own files lie."""
 
 import os
+import re
 import shlex
+import stat
 from pathlib import Path
 
 from maxsep.config.schema import ConfigError
@@ -15,6 +17,7 @@ def named(field: str, value: str) -> Path:
     Raises:
         ConfigError: there can be no such path, or this user may not look there.
     """
+    check_local(field, value)
     try:
         path = Path(value).expanduser().absolute()
         if path.is_dir():
@@ -23,6 +26,16 @@ def named(field: str, value: str) -> Path:
         reason = getattr(e, "strerror", None) or e
         raise ConfigError(f"{field}: got {value!r} ({reason}); takes a path that this user may read") from None
     return path
+
+
+def check_local(field: str, value: str) -> None:
+    """Refuses a URL, which would be a folder named `s3:` here, in every place where a user names a path.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        raise ConfigError(f"{field}: got {value!r}, a URL; takes a path of a file system, as a bucket's may be mounted")
 
 
 def check_utf8(field: str, path: Path) -> None:
@@ -38,15 +51,31 @@ def check_utf8(field: str, path: Path) -> None:
 
 
 def to_write(field: str, value: str) -> Path:
-    """As `named`, of a file that is to be written later.
+    """As `named`, of a file that is to be written later; a link is followed. output/durable.py writes it.
 
     Raises:
-        ConfigError: its folder does not exist, or it is a folder itself.
+        ConfigError: its folder does not exist, it is a folder itself, or this user may not write it.
     """
     path = named(field, value)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{field}: got {value!r}; takes a file to write, in a folder that exists")
+    try:
+        path = path if is_stream(path) else path.resolve()
+        writable = os.access(path, os.W_OK) if path.exists() else not is_stream(path)
+        in_folder = is_stream(path) or (path.parent.is_dir() and os.access(path.parent, os.W_OK))
+        if path.is_dir() or not writable or not in_folder:
+            raise ConfigError(f"{field}: got {value!r}; takes a file to write, in a folder that exists")
+    except (OSError, RuntimeError) as e:  # of these RuntimeError: a link to itself
+        raise ConfigError(f"{field}: got {value!r} ({getattr(e, 'strerror', None) or e}); takes a file to write") from e
     return path
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is no file that could be replaced: a device, a pipe, what the shell has opened."""
+    if str(path).startswith(("/dev/fd/", "/dev/std", "/proc/")):
+        return True
+    try:
+        return not stat.S_ISREG(path.stat().st_mode) and not path.is_dir()
+    except FileNotFoundError:
+        return False
 
 
 def user_cache() -> Path | None:

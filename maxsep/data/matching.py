@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from stat import S_ISLNK
 
-from maxsep.config import ConfigError
+from maxsep.config import ConfigError, paths
 
 
 def matching(pattern: str) -> list[str]:
@@ -21,6 +21,7 @@ def matching(pattern: str) -> list[str]:
     Raises:
         ConfigError: a folder that may hold some cannot be read.
     """
+    paths.check_local("data.path", pattern)
     path = os.path.expanduser(pattern)
     parts = [part for part in path.split(os.sep) if part]
     parts = [part for part, following in itertools.zip_longest(parts, parts[1:]) if (part, following) != ("**", "**")]

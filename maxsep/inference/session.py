@@ -19,7 +19,7 @@ from maxsep.inference.texts import Prompt
 from maxsep.measure.timing import spread
 from maxsep.output import metrics
 from maxsep.output.console import say, table
-from maxsep.output.durable import write_text
+from maxsep.output.durable import write_asked
 from maxsep.parallel.mesh import describe, make_mesh
 
 
@@ -150,5 +150,5 @@ def _spread(seconds: list[float]) -> str:
 
 
 def _write(file: str, rows) -> None:
-    write_text(paths.to_write("--json", file), "".join(f"{json.dumps(row)}\n" for row in rows))
+    write_asked("--json", file, "".join(f"{json.dumps(row)}\n" for row in rows))
     say(f"written: {file}")

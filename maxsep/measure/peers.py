@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from maxsep.config import Config, ConfigError
+from maxsep.config import Config, ConfigError, paths
 from maxsep.config.paths import REPOSITORY
 
 SCRIPTS = REPOSITORY / "benchmarks" / "peers"
@@ -135,4 +135,4 @@ class Peer:
 
 
 def _python(folder: str, name: str) -> Path:
-    return Path(folder).expanduser().absolute() / name / "bin" / "python"
+    return paths.named("--peers", folder) / name / "bin" / "python"

@@ -2,19 +2,23 @@
 
 from pathlib import Path
 
-from maxsep.config import ConfigError
+from maxsep.config import ConfigError, paths
 
 
-def check(flag: str) -> None:
-    """Refuses a figure that could not be drawn later.
+def check(flag: str, file: str) -> Path:
+    """The file of a figure that is to be drawn later.
 
     Raises:
-        ConfigError: matplotlib is missing.
+        ConfigError: it cannot be written or is no .png, or matplotlib is missing.
     """
+    path = paths.to_write(flag, file)
+    if path.suffix != ".png" or paths.is_stream(path):
+        raise ConfigError(f"{flag}: got {file!r}; takes a file that ends in .png")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(f"{flag}: needs matplotlib; pip install -e '.[viz]'") from None
+    return path
 
 
 def decoding(results: list[dict], path: Path) -> None:

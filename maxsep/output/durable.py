@@ -8,14 +8,39 @@ import os
 import uuid
 from pathlib import Path
 
+from maxsep.config import cli, paths
+
 
 def write_json(path: Path, values, indent: int | None = 2) -> None:
-    """Replaces the file by `values` as strict JSON: what is not finite becomes null."""
-    write_text(path, json.dumps(finite(values), indent=indent, allow_nan=False) + "\n")
+    """Replaces the file by `values` as strict JSON."""
+    write_text(path, json_text(values, indent))
+
+
+def json_text(values, indent: int | None = 2) -> str:
+    """`values` as strict JSON: what is not finite becomes null."""
+    return json.dumps(finite(values), indent=indent, allow_nan=False) + "\n"
+
+
+def write_asked(flag: str, file: str, text: str) -> None:
+    """Writes what `flag` has asked for to the file that it names; a link is followed, a device or pipe written to.
+
+    Raises:
+        cli.Exit: it cannot be written.
+    """
+    path = paths.to_write(flag, file)
+    try:
+        if paths.is_stream(path):
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+        else:
+            write_text(path, text)
+    except OSError as e:
+        raise cli.Exit(cli.SAVE_FAILED, f"{flag}: cannot write {file}: {e.strerror}") from e
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file at once; it is on disk when this returns."""
+    """Replaces the file at once, or what a link leads to; it is on disk when this returns."""
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # several may write the same file
     try:
         with temporary.open("w", encoding="utf-8") as f:

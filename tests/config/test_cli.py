@@ -88,6 +88,27 @@ MISTAKES = {
     "empty workdir": (["--workdir="], "--workdir: got ''"),
     "workdir of nobody": (["--workdir=~nobody-here/run"], "--workdir: got '~nobody-here/run'"),
     "workdir with too long a name": ([f"--workdir={'x' * 300}"], "--workdir: got 'xxx"),
+    # URLs, until buckets work
+    "workdir in a bucket": (["--workdir=gs://bucket/run"], "--workdir: got 'gs://bucket/run', a URL; takes a path"),
+    "weights in a bucket": (
+        ["--config.train.init_from=s3://bucket/run"],
+        "train.init_from: got 's3://bucket/run', a URL",
+    ),
+    "config on a page": (["--config=https://page/tiny.py"], "--config: got 'https://page/tiny.py', a URL"),
+    "text in a bucket": (
+        ["--config.data.source=files", "--config.data.path=s3://bucket/*.jsonl"],
+        "data.path: got 's3://bucket/*.jsonl', a URL",
+    ),
+    "dataset in a bucket": (
+        ["--config.data.source=tfds", "--config.data.path=gs://tfds-data/datasets", "--config.data.name=c4"],
+        "data.path: got 'gs://tfds-data/datasets', a URL",
+    ),
+    "tokenizer on a hub": (["--config.data.tokenizer=hf://gpt2/tokenizer.json"], "data.tokenizer: got 'hf://gpt2/tok"),
+    "cache in a bucket": (["--config.data.cache=gs://bucket/cache"], "data.cache: got 'gs://bucket/cache', a URL"),
+    # flag files
+    "flag file that is not there": (["--flagfile={files}/none.txt"], "--flagfile: "),
+    "flag file without a name": (["--flagfile"], "--flagfile: "),
+    "mistyped field in a flag file": (["--flagfile={files}/flags"], "modle.layers: no such field"),
     "weights of nobody": (["--config.train.init_from=~nobody-here"], "train.init_from: got '~nobody-here'"),
     "more steps than int32 counts": (["--config.optimizer.warmup_steps=3000000000"], "optimizer.warmup_steps: got 3"),
     "broken split of the default corpus": (["--config.data.split=nonsense["], "data.split: got nonsense["),
@@ -109,6 +130,7 @@ def files(tmp_path):
     (folder / "empty.py").write_text("")
     (folder / "a.jsonl").write_text('{"text": "One."}\nTwo.\n')
     (folder / "broken.json").write_text("{}")
+    (folder / "flags").write_text("# of a colleague\n--config.modle.layers=2\n")
     (folder / "string.py").write_text("def get_config():\n    return 'model'\n")
     field = (
         "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'model': {'layer': 2}})\n"
@@ -270,6 +292,27 @@ def test_the_mesh_follows_the_machine_only_where_nothing_was_said_about_it():
     assert parsed("--config.train.steps=5").fit_mesh
     assert not parsed(f"--config={REPOSITORY / 'configs' / 'tiny.py'}").fit_mesh
     assert not parsed("--config.mesh.expert=2").fit_mesh
+
+
+def test_flag_files_are_read_before_anything_else(tmp_path, capsys):
+    """As absl reads them: in the place of the flag, one in another, the last value counts."""
+    (tmp_path / "inner").write_text("--config.model.layers=7\n")
+    (tmp_path / "outer").write_text(
+        f"// a comment\n--config={REPOSITORY / 'configs' / 'base.py'}\n\n--flagfile={tmp_path / 'inner'}\n"
+        "--config.model.experts=4\n--workdir=x\n"
+    )
+    found = []
+    argv = ["train.py", "--config.model.layers=5", f"--flagfile={tmp_path / 'outer'}", "--config.model.experts=16"]
+    assert cli.run(found.append, **TRAIN, argv=argv) == 0
+    (args,) = found
+    assert (args.config.name, args.config.model.layers, args.config.model.experts) == ("base", 7, 16)
+    assert args.flags.workdir == "x" and not args.fit_mesh
+    base = f"--config={REPOSITORY / 'configs' / 'base.py'}"
+    fields = ["--config.model.layers=5", "--config.model.layers=7", "--config.model.experts=4"]
+    assert cli.config_arguments(args.argv) == [base, *fields, "--config.model.experts=16"]
+    (tmp_path / "inner").write_text("--help\n")
+    assert cli.run(found.append, **TRAIN, argv=argv) == 0 and len(found) == 1
+    assert "--config.mesh.attention=" in capsys.readouterr().out
 
 
 def test_commands():

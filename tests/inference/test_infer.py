@@ -163,6 +163,10 @@ BAD = {
         "--config: got configs/tiny.py; takes none",
     ),
     "a field of training": (["--workdir=run", "--config.train.steps=3", "--prompt=a"], "train.steps: is the run's own"),
+    "a field of the model in a flag file": (
+        ["--workdir=run", "--flagfile=flags.txt", "--prompt=a"],
+        "model.top_k: is the run's own",
+    ),
     "a mesh that does not divide": (["--workdir=run", "--config.mesh.expert=3", "--prompt=a"], "mesh.expert=2"),
     "another tokenizer": (["--workdir=run", "--config.data.tokenizer=gpt2:257", "--prompt=a"], "data.tokenizer: got"),
     "a mistyped flag": (["--workdir=run", "--promt=a"], "Did you mean: prompt"),
@@ -180,6 +184,7 @@ def test_a_mistake_is_one_line_and_status_2(mistake, finished_run, tmp_path, com
         "bad.jsonl": b'{"text": "a"}',
         "binary.txt": b"\xff\xfe",
         "binary.jsonl": b"{",
+        "flags.txt": b"--config.model.top_k=1\n",
         "ids.jsonl": b'{"tokens": [1, 257]}',
         "long.jsonl": json.dumps({"text": "a" * 34}).encode(),
     }.items():
