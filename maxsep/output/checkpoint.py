@@ -189,6 +189,11 @@ class Checkpoints:
         return min(losses, key=lambda step: (losses[step], -step), default=None)
 
     @property
+    def saving(self) -> bool:
+        """Whether a save was begun that `wait` has not been called for."""
+        return self._saving is not None
+
+    @property
     def ended(self) -> bool:
         """Whether a save has ended, well or not, that `wait` has not been called for."""
         return self._saving is not None and not self._manager.is_saving_in_progress()

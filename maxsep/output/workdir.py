@@ -9,6 +9,7 @@ summary.json     the result, at the end
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -97,8 +98,10 @@ def check_start(folder: Path, config: Config, training: bool) -> None:
     """
     check_not_imported(folder)
     saved = has_checkpoint(folder)
+    if not saved:
+        check_not_gone("--workdir", folder)
     if not training and not saved:
-        raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
+        raise no_checkpoint("--workdir", folder)
     if not saved and not (folder / "config.json").exists():
         for name in RESULTS:
             if (folder / name).exists():
@@ -122,6 +125,32 @@ def check_not_imported(folder: Path) -> None:
         raise ConfigError(f"--workdir: got {folder}, {why}; takes another folder, as {train}")
 
 
+def check_not_gone(flag: str, folder: Path) -> None:
+    """Refuses the folder of a run that has saved a step, and has no checkpoint now: it would begin anew.
+
+    Raises:
+        ConfigError: `checkpoints` leads to nothing, or the run's config or summary tells that a step was saved.
+    """
+    directory = folder / CHECKPOINTS
+    if os.path.lexists(directory) and not directory.is_dir():
+        what = (
+            f"is a link to {os.readlink(directory)}, which is not there" if directory.is_symlink() else "is no folder"
+        )
+        raise ConfigError(f"{flag}: {directory} {what}; takes a folder of checkpoints, or none")
+    if not (folder / "config.json").exists():
+        return
+    if read_config(folder)[1].get("saved") or (folder / "summary.json").exists():
+        takes = f"takes them back in {directory}, or another folder"
+        raise ConfigError(
+            f"{flag}: the checkpoints of the run in {folder} are gone (its disk may not be mounted); {takes}"
+        )
+
+
+def no_checkpoint(flag: str, folder: Path) -> ConfigError:
+    """The error for a folder that has none."""
+    return ConfigError(f"{flag}: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
+
+
 def check_inference(folder: Path, config: Config, step: str) -> None:
     """Refuses, before anything slow, a run that cannot be used with `config`, its own but for `INFERENCE_TAKES`.
 
@@ -131,7 +160,8 @@ def check_inference(folder: Path, config: Config, step: str) -> None:
     if step not in ("latest", "best") and not step.isdecimal():
         raise ConfigError(f"--step: got {step!r}; takes the number of a step, latest or best")
     if not has_checkpoint(folder):
-        raise ConfigError(f"--workdir: got {folder}, which has no checkpoint; takes the folder of a run that saved one")
+        check_not_gone("--workdir", folder)
+        raise no_checkpoint("--workdir", folder)
     steps = sorted(int(entry.name) for entry in (folder / CHECKPOINTS).iterdir() if entry.name.isdigit())
     if step.isdecimal() and int(step) not in steps:
         raise ConfigError(f"--step: got {step}; {folder} has {', '.join(map(str, steps))}; takes one of them")
@@ -191,7 +221,8 @@ def init_checkpoints(config: Config) -> Path | None:
         return None
     source = paths.named("train.init_from", config.train.init_from).resolve()
     if not has_checkpoint(source):
-        raise ConfigError(f"train.init_from: got {source}, which has no checkpoint; takes the folder of a run")
+        check_not_gone("train.init_from", source)
+        raise no_checkpoint("train.init_from", source)
     return source / CHECKPOINTS
 
 

@@ -43,7 +43,9 @@ class Loop:
 
     Args:
         writer: in the first process of the job; it writes for all.
-        write_config: writes the run's `config.json`, where its folder has gone and come back without.
+        write_config: writes the run's `config.json`: where its folder has gone and come back without, and when the
+            first step is saved, so that a later start knows it if the checkpoints are gone.
+        saved: a step has been saved.
     """
 
     def __init__(
@@ -53,13 +55,14 @@ class Loop:
         folder: Path,
         checkpoints: Checkpoints,
         writer: MetricsWriter | None,
-        write_config: Callable[[], None],
+        write_config: Callable[..., None],
+        saved: bool,
         peak: float | None,
         job: Job,
     ):
         self.settings, self.corpus, self.folder, self.peak = run.config.train, corpus, folder, peak
         self.run, self.checkpoints, self.writer, self.job = run, checkpoints, writer, job
-        self.write_config = write_config
+        self.write_config, self.saved, self.saved_written = write_config, saved, saved
         self.stop = Stop()
         self.asked: str | None = None  # the signal that some process got, once all know of it
         self.pending: tuple[int, dict] | None = None  # a step whose metrics are still on the devices
@@ -266,8 +269,10 @@ class Loop:
         if self.writer is None:
             return None
         try:
-            if self.folder.is_dir() and not (self.folder / "config.json").exists():
-                self.write_config()
+            stale = self.saved_written != self.saved or not (self.folder / "config.json").exists()
+            if self.folder.is_dir() and stale:
+                self.write_config(saved=self.saved)
+                self.saved_written = self.saved
                 (self.folder / "tensorboard").mkdir(exist_ok=True)
             self.writer.flush()
         except OSError as e:
@@ -304,7 +309,12 @@ class Loop:
     def wait_for_save(self, step: int) -> None:
         """Returns when the last checkpoint is on disk."""
         self.job.at("saving", step, self.checkpoints.seconds)
-        self.save_error = self.tried(self.checkpoints.wait) or self.save_error
+        saving = self.checkpoints.saving
+        error = self.tried(self.checkpoints.wait)
+        if saving and not error and not self.saved:
+            self.saved = True
+            self.write_rows()
+        self.save_error = error or self.save_error
         self.job.at("training", step)
 
     def tried(self, part: Callable[[], None]) -> SaveError | None:

@@ -74,7 +74,9 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
             checkpoints.go_on_from(at.step)
             writer = None
             if job.first and not finished:
-                write_config()
+                if resuming and not saved and (rows := _rows(folder)):
+                    console.say(f"no step was saved: starting anew; {len(rows)} rows of metrics.jsonl are removed")
+                write_config(saved=saved)
                 writer = stack.enter_context(MetricsWriter(folder, at.step))
         except OSError as e:
             raise ConfigError(f"--workdir: cannot write to {folder}: {e.strerror}") from e
@@ -85,7 +87,7 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
                 console.say(f"going on from step {at.step} in {folder}")
                 if config.train.profile and int(config.train.profile.partition(":")[2]) <= at.step:
                     console.say(f"train.profile: steps {config.train.profile} are done; nothing is recorded")
-            Loop(run, corpus, folder, checkpoints, writer, write_config, peak, job).train(
+            Loop(run, corpus, folder, checkpoints, writer, write_config, saved, peak, job).train(
                 state, at, evaluation is not None
             )
         job.at("ending")
@@ -112,9 +114,12 @@ def _check_finished(folder: Path, step: int, config: Config) -> bool:
 
 def _logged(folder: Path, step: int) -> dict[str, dict]:
     """The rows of this step, by split."""
+    return {row["split"]: row for row in _rows(folder) if row["step"] == step}
+
+
+def _rows(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
-    rows = metrics.read_rows(path) if path.exists() else []
-    return {row["split"]: row for row in rows if row["step"] == step}
+    return metrics.read_rows(path) if path.exists() else []
 
 
 def evaluate(config: Config, folder: Path, job: Job = ALONE) -> None:

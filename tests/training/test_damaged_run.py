@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import jax
 import kill
 import orbax.checkpoint as ocp
 import pytest
-from runs import checkpoints, snapshot, steps
+from runs import at_step, checkpoints, snapshot, steps
 from users import held_to_permissions
 
 from maxsep.config import cli, faults
@@ -139,6 +140,61 @@ def test_a_fault_in_an_evaluation_costs_nothing(call, finished_run, workdir, mon
     assert {step: read_loss(workdir / "checkpoints" / str(step)) for step in (2, 4)} == losses
     (workdir / "checkpoints" / "4" / "evaluation.json").unlink()  # as a kill between the row and this file leaves it
     assert call(workdir)[0] == cli.DONE and read_loss(workdir / "checkpoints" / "4") == losses[4]
+
+
+def gone(run):
+    shutil.rmtree(run / "checkpoints")
+
+
+def empty(run):
+    """As the folder of a disk that is not mounted."""
+    gone(run)
+    (run / "checkpoints").mkdir()
+
+
+def without_summary(run):
+    gone(run)
+    (run / "summary.json").unlink()
+
+
+@pytest.mark.parametrize("how", [gone, empty, without_summary])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(call, finished, complete, how):
+    how(finished)
+    before = snapshot(finished)
+    line = f"the checkpoints of the run in {finished} are gone (its disk may not be mounted); takes them back in "
+    for arguments in (["--config.train.steps=6"], [], ["--mode=eval"]):
+        status, out, err = call(finished, *arguments)
+        assert (status, out, err.count("\n")) == (cli.USER_ERROR, "", 1) and err.startswith(f"error: --workdir: {line}")
+    assert complete(f"--workdir={finished}", "--prompt=a")[2].startswith(f"error: --workdir: {line}")
+    status, _, err = call(finished.with_name("next"), train__init_from=finished)
+    assert (status, err.startswith(f"error: train.init_from: {line}")) == (cli.USER_ERROR, True)
+    assert snapshot(finished) == before
+
+
+def test_a_link_of_checkpoints_that_leads_nowhere_is_named(call, finished):
+    (finished / "checkpoints").rename(finished.with_name("disk"))
+    (finished / "checkpoints").symlink_to(finished.with_name("disk"))
+    assert call(finished)[0] == cli.DONE
+    finished.with_name("disk").rename(finished.with_name("unmounted"))
+    status, _, err = call(finished, train__steps=6)
+    what = f"--workdir: {finished}/checkpoints is a link to {finished.with_name('disk')}, which is not there"
+    assert (status, err) == (cli.USER_ERROR, f"error: {what}; takes a folder of checkpoints, or none\n")
+    (finished / "checkpoints").unlink()
+    (finished / "checkpoints").write_text("")
+    assert call(finished)[2].startswith(f"error: --workdir: {finished}/checkpoints is no folder; takes")
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins_anew_and_says_so(call, finished_run, workdir, monkeypatch):
+    def killed():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, killed)
+        call(workdir, train__checkpoint_every=4)
+    assert steps(workdir, "train") == [1, 2]
+    status, out, _ = call(workdir)
+    assert status == cli.DONE and "no step was saved: starting anew; 2 rows of metrics.jsonl are removed\n" in out
+    assert kill.state(workdir) == kill.state(finished_run)
 
 
 def test_where_no_checkpoint_is_whole_nothing_begins_anew(call, finished):

@@ -182,7 +182,7 @@ def test_parameters_that_are_not_there_are_told_before_data_is_prepared(call, fi
     monkeypatch.setattr(preparation, "ensure", None)
     for path in (tmp_path / "nowhere", empty):
         status, _, err = call(workdir, train__init_from=path)
-        takes = "which has no checkpoint; takes the folder of a run"
+        takes = "which has no checkpoint; takes the folder of a run that saved one"
         assert (status, err) == (cli.USER_ERROR, f"error: train.init_from: got {path}, {takes}\n")
     assert not workdir.exists()
 
