@@ -80,7 +80,7 @@ def make(shape: ModelConfig, folder: Path, file_bytes: float) -> int:
             write()
     write()
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
-    (folder / "config.json").write_text(json.dumps(model_config.write(FAMILY, shape, 4096, 1, 2)))
+    (folder / "config.json").write_text(json.dumps(model_config.write(FAMILY, shape, 4096, 1, [2])))
     return total
 
 

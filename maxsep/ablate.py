@@ -4,8 +4,9 @@
     python -m maxsep.ablate --config=configs/tiny.py --runs=ma:4x4,ma:2x8,tp:8x2
 
 A run is layout:attention x expert, or layout:stage x attention x expert; without --runs they are the config's RUNS.
-Each is a train.py of its own. The same command goes on where it was stopped: what has finished is kept. A run that
-fails is a row that says why. The report is ablation.md, ablation.json, ablation.html, and pictures with the extra viz.
+Each is a train.py of its own. The same command resumes where it was stopped: what has finished is kept. A run that
+fails is a row that says why, and the command ends with its status. The report is ablation.md, ablation.json,
+ablation.html, and pictures with the extra viz.
 """
 
 import os
@@ -77,6 +78,9 @@ def main(args: cli.Args) -> None:
     print(f"{time.monotonic() - began:.0f} s; written: {paths.shown(folder)}: {written}", flush=True)
     if session.stopped:
         raise cli.Exit(cli.STOPPED, f"{session.stopped}: stopped; the same command goes on from there")
+    if session.status:
+        failed = [*session.failed, *(f"decoding of {name}" for name in session.not_decoded)]
+        raise cli.Exit(session.status, f"{len(failed)} failed, of {len(trials)} runs: {', '.join(failed)}; see above")
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from maxsep.cluster import process
 from maxsep.cluster.signals import interrupting
 from maxsep.config import Config, ConfigError, cli, paths
 from maxsep.config.stored import at_home
-from maxsep.data.base_tokenizer import NO_END
 from maxsep.output import workdir
 from maxsep.output.durable import write_json
 from maxsep.output.staged import check_new, staged
@@ -100,8 +99,8 @@ def import_model(config: Config, checkpoint: str, named: str) -> None:
     if not model.tokenizer_files:
         print("without a tokenizer.json: it takes ids alone, as numbers")
         prompt = "--prompt=1 2 3"
-    if others := [end for end in model.ends if end != words.end_of_text]:
-        print(f"texts end with id {words.end_of_text}; config.json also has {others}, which end none here")
+    if words.stops:
+        print(f"a text ends with id {words.end_of_text}; a completion also with {', '.join(map(str, words.stops))}")
     here = paths.shown(folder)
     print(f"complete a text: {paths.command('infer.py', f'--workdir={here}', prompt)}")
     print(f"train it: {paths.command('train.py', '--workdir=NEW', f'--config.train.init_from={here}')}")
@@ -129,10 +128,8 @@ def export_model(config: Config, named: str, checkpoint: str, step: str) -> None
         from maxsep.huggingface.transfer import store
 
         number, size = store(config, family, model, folder, step, partial, ticker.progress)
-        begins, ends = tokenizer_files.beginning(words, files), words.end_of_text
-        fields = model_config.write(
-            family, model, config.data.sequence_length, begins, None if ends == NO_END else ends
-        )
+        begins, ends = tokenizer_files.beginning(words, files), words.ends
+        fields = model_config.write(family, model, config.data.sequence_length, begins, ends)
         write_json(partial / "config.json", fields)
         tokenizer_files.write(files, partial)
     ticker.clear()

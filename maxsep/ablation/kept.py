@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from maxsep.ablation.trial import Trial
+from maxsep.ablation.trial import MAY_CHANGE, Trial
 from maxsep.config import Config
 from maxsep.output.durable import write_json
 
@@ -14,9 +14,14 @@ DECODE = "decode.jsonl"  # what `bench decode` has measured
 
 
 def result(trial: Trial) -> dict | None:
-    """What `write` has kept, if it is of the same config; with what was measured of decoding since, as `decode`."""
-    found = _json(trial.folder / "result.json")
-    if found is None or found["config"] != plain(trial.config):
+    """What `write` has kept, if it is of the same run; with what was measured of decoding since, as `decode`.
+
+    The run may have had more steps than are asked for now.
+    """
+    found, ended = _json(trial.folder / "result.json"), summary(trial)
+    if found is None or ended is None or ended["steps"] != found["steps"][-1]:
+        return None
+    if _lasting(found["config"]) != _lasting(plain(trial.config)):
         return None
     path = trial.folder / DECODE
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -44,6 +49,14 @@ def tidy(folder: Path) -> None:
 def plain(config: Config) -> dict:
     """As JSON has it."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _lasting(config: dict) -> dict:
+    """The fields of a config, as JSON has it, that a figure depends on."""
+    sections = {section: values for section, values in config.items() if isinstance(values, dict)}
+    fields = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    fields |= {name: value for name, value in config.items() if name not in sections}
+    return {name: value for name, value in fields.items() if name not in MAY_CHANGE}
 
 
 def _json(path: Path) -> dict | None:

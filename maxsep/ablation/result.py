@@ -11,6 +11,7 @@ import jax
 from maxsep.ablation import kept
 from maxsep.ablation.trial import Trial
 from maxsep.config import Config
+from maxsep.config.stored import read_config
 from maxsep.measure import buffers, parts, program
 from maxsep.measure.flops import flops_per_token
 from maxsep.measure.timing import quantile
@@ -36,7 +37,7 @@ def collect(trial: Trial) -> dict:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
     last = rows[-1]
-    seconds = _timed(rows, config)
+    seconds = _timed(rows, read_config(folder)[0])
     median = statistics.median(seconds)
     tokens = config.train.batch_size * config.data.sequence_length
     devices = json.loads((folder / "config.json").read_text(encoding="utf-8"))["devices"]

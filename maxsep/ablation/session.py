@@ -28,7 +28,9 @@ class Session:
     def __init__(self, trials: list[Trial], folder: Path, shared: list[str], decode: bool):
         self.trials, self.folder, self.shared, self.decode = trials, folder, shared, decode
         self.trained: list[Trial] = []
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, str] = {}  # why, of the runs that did not end well
+        self.not_decoded: dict[str, str] = {}  # why, of those whose decoding could not be timed
+        self.status = cli.DONE  # of the first that failed
         self.stopped: str | None = None  # the signal
         self.drawing = _can_draw()
         self.environment = dict(os.environ)
@@ -57,7 +59,9 @@ class Session:
             log = trial.folder / "decode.txt"
             status = child.run(self._decoding(trial), log, self.environment, stop)
             if status != cli.DONE and not stop.asked:
-                say(f"warning: {label}: decoding failed: {child.why(log)} ({child.ended(status)})")
+                self.not_decoded[trial.name] = child.why(log, status)
+                self.status = self.status or child.shell_status(status)
+                say(f"warning: {label}: decoding failed: {self.not_decoded[trial.name]}")
 
     def _train(self, trial: Trial, label: str, stop: Stop) -> bool:
         """Whether it has ended well."""
@@ -75,7 +79,8 @@ class Session:
         if status == cli.DONE:
             say(f"{label}: {_told(trial)}")
         elif not stop.asked:
-            self.failed[trial.name] = f"{child.why(log)} ({child.ended(status)})"
+            self.failed[trial.name] = child.why(log, status)
+            self.status = self.status or child.shell_status(status)
             say(f"{label}: failed: {self.failed[trial.name]}")
         return status == cli.DONE
 
@@ -99,6 +104,7 @@ class Session:
                 found.append(kept.result(trial) or result.collect(trial))
             except Exception as e:  # a fault of ours; the others' hours are not lost for it
                 self.failed[trial.name] = f"trained, but its figures cannot be read: {type(e).__name__}: {e}"
+                self.status = self.status or cli.outcome(e)[0]
                 say(f"{trial.name}: {self.failed[trial.name]}")
         return found
 
@@ -115,18 +121,28 @@ class Session:
             "command": f"`{command}`",
             "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
             f"top {model.top_k}, {capacity}, {model.dtype}, {model.parameters:,} parameters",
-            "training": f"{train.steps} steps of {train.batch_size} sequences of {first.data.sequence_length} tokens, "
-            f"{train.accumulation} micro-batches each",
+            "training": f"{_steps(results, train.steps)} of {train.batch_size} sequences of "
+            f"{first.data.sequence_length} tokens, {train.accumulation} micro-batches each",
             "devices": ", ".join(sorted({result["device_kind"] for result in results})) or "none",
         }
         if any(result["device_kind"] == "cpu" for result in results):
             facts["devices"] = f"simulated, on {cores()} CPU cores: their times say nothing about accelerators"
         if left:
             facts["not run yet"] = ", ".join(left)
+        if self.not_decoded:
+            facts["decoding failed"] = "; ".join(f"{name}: {why}" for name, why in self.not_decoded.items())
         agreed = report.write(self.folder, f"Ablation: {first.name}", facts, results, self.failed, self.drawing)
         if agreed:
             say(agreed.text)
         return "ablation.md, ablation.json, ablation.html" + (" and pictures" if self.drawing else "")
+
+
+def _steps(results: list[dict], asked: int) -> str:
+    """How long the runs were, which may have finished before fewer steps were asked for."""
+    counts = sorted({result["steps"][-1] for result in results})
+    if not counts:
+        return f"{asked} steps"
+    return f"{counts[0]} steps" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} steps"
 
 
 def _told(trial: Trial) -> str:

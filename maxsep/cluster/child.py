@@ -49,16 +49,25 @@ def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: St
     return child.returncode
 
 
-def why(log: Path) -> str:
-    """What a child that failed has said: its line of error, or else its last."""
+def why(log: Path, status: int) -> str:
+    """Why a child failed that ended with `status`: its line of error, else the signal that killed it, or its last line.
+
+    The last line is that of a traceback, but of a child that was killed only what it happened to do.
+    """
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return errors[-1] if errors else next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    said = errors[-1] if errors else next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+    if status >= 0:
+        return f"{said} (status {status})"
+    killed = f"killed by {signal.Signals(-status).name}"
+    if -status == signal.SIGKILL:
+        killed += ", as the system does where memory runs out"
+    return f"{said} ({killed})" if errors else f"{killed}; the last that it said: {said}"
 
 
-def ended(status: int) -> str:
-    """How a child ended, for people."""
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+def shell_status(status: int) -> int:
+    """The status of a child as a shell tells it, also of one that a signal has killed."""
+    return 128 - status if status < 0 else status
 
 
 def last(log: Path) -> str:

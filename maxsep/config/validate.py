@@ -134,9 +134,10 @@ def tokenizer_ids(tokenizer: str) -> int | None:
     if tokenizer == "gpt2":
         return GPT2_IDS
     if tokenizer.startswith("ids:"):
-        found = re.fullmatch(r"ids:([1-9]\d*)(?::(\d+))?", tokenizer)
-        holds = found is not None and int(found[2] or 0) < int(found[1])
-        _need(holds, "data.tokenizer", tokenizer, "ids:N, or ids:N:E where E, below N, ends a text")
+        found = re.fullmatch(r"ids:([1-9]\d*)(?::(\d+(?:,\d+)*))?", tokenizer)
+        holds = found is not None and all(int(end) < int(found[1]) for end in (found[2] or "0").split(","))
+        takes = "ids:N, or ids:N:E where E, below N, ends a text, or ids:N:E,F where F ends a completion too"
+        _need(holds, "data.tokenizer", tokenizer, takes)
         return int(found[1])
     if not tokenizer.startswith("gpt2:"):
         takes = "gpt2, gpt2:N, bytes, ids:N, or the path of a tokenizer.json"

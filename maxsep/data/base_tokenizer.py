@@ -15,7 +15,7 @@ class Tokenizer(abc.ABC):
 
     `vocab_size`; `end_of_text`: the id that ends a document, or `NO_END`; `fingerprint`: a hash of what decides the
     ids; `unknown`: the token that stands for what has none, None where such pieces are left out, or cannot be;
-    `beginning`: ids that come before a prompt's.
+    `beginning`: ids that come before a prompt's; `stops`: ids that end a completion too, as a turn of a chat.
     """
 
     vocab_size: int
@@ -23,6 +23,12 @@ class Tokenizer(abc.ABC):
     fingerprint: str
     unknown: str | None = None
     beginning: tuple[int, ...] = ()
+    stops: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> list[int]:
+        """The ids that a completion ends with."""
+        return [end for end in (self.end_of_text, *self.stops) if end != NO_END]
 
     def encode(self, text: str) -> list[int]:
         """The text's ids.

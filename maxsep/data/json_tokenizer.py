@@ -17,7 +17,7 @@ class JsonTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json.
 
     The end of a text is `eos_token` of the tokenizer_config.json beside it, or else the first of `END_NAMES` that the
-    file has.
+    file has. A completion also ends with each `eos_token_id` of the generation_config.json beside it.
     """
 
     def __init__(self, path: str):
@@ -32,6 +32,7 @@ class JsonTokenizer(Tokenizer):
         self.end_name = end = _end_name(path, self.ids)
         self.vocab_size = max(self.ids.values(), default=-1) + 1
         self.end_of_text = self.ids[end]
+        self.stops = tuple(number for number in _stops(path) if number != self.end_of_text)
         self.fingerprint = digest(content + end.encode())
         fields = json.loads(content)
         for token in fields["added_tokens"]:
@@ -164,16 +165,41 @@ def _unknown_id(fields: dict, model) -> int | None:
     return None if name is None else model.token_to_id(name)
 
 
-def _end_name(path: str, ids: dict[str, int]) -> str:
-    beside = Path(path).with_name("tokenizer_config.json")
+def _beside(path: str, name: str, field: str):
+    """A field of a JSON file beside a tokenizer.json; None where there is no such file."""
+    beside = Path(path).with_name(name)
     try:
-        end = json.loads(beside.read_bytes()).get("eos_token") if beside.exists() else None
+        return json.loads(beside.read_bytes()).get(field) if beside.exists() else None
     except (OSError, ValueError, AttributeError):
         raise ConfigError(f"data.tokenizer: {str(beside)!r} beside it is not a JSON object") from None
+
+
+def _stops(path: str) -> list[int]:
+    name = "generation_config.json"
+    try:
+        return end_ids(_beside(path, name, "eos_token_id"))
+    except ValueError as error:
+        raise ConfigError(f"data.tokenizer: {str(Path(path).with_name(name))!r} beside it: {error}") from None
+
+
+def end_ids(value) -> list[int]:
+    """The ids of an `eos_token_id`: a number, a list of some, or null.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(number) is int for number in ids):
+        raise ValueError(f"eos_token_id: got {str(value)[:80]}; takes an id, or a list of ids")
+    return list(dict.fromkeys(number for number in ids if number >= 0))
+
+
+def _end_name(path: str, ids: dict[str, int]) -> str:
+    end = _beside(path, "tokenizer_config.json", "eos_token")
     if isinstance(end, dict):
         end = end.get("content")
     for name in (end, *END_NAMES):
         if isinstance(name, str) and name in ids:
             return name
-    takes = f"one with an end of text: eos_token in {beside.name} beside it, or one of {', '.join(END_NAMES)}"
+    takes = f"one with an end of text: eos_token in tokenizer_config.json beside it, or one of {', '.join(END_NAMES)}"
     raise ConfigError(f"data.tokenizer: got {path!r}; takes {takes}")

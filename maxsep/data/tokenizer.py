@@ -56,13 +56,15 @@ class ByteTokenizer(Tokenizer):
 class IdTokenizer(Tokenizer):
     """For a model whose tokenizer is not known: text is ids as numbers, `17 4 256`.
 
-    The third part of its name, as 2 in `ids:32000:2`, is the id that ends a text; without one no text ends.
+    The third part of its name, as 2 in `ids:32000:2`, is the id that ends a text; without one no text ends. In
+    `ids:32000:2,45` a completion ends with 45 too.
     """
 
     def __init__(self, name: str, vocab_size: int):
         _, _, *end = name.split(":")
-        self.vocab_size, self.end_of_text = vocab_size, int(end[0]) if end else NO_END
-        self.fingerprint = digest(name.encode())
+        ends = [int(number) for number in end[0].split(",")] if end else [NO_END]
+        self.vocab_size, self.end_of_text, self.stops = vocab_size, ends[0], tuple(ends[1:])
+        self.fingerprint = digest(name.partition(",")[0].encode())
 
     def _encode(self, text: str) -> tuple[list[int], int]:
         ids = []

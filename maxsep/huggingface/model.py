@@ -7,6 +7,7 @@ import numpy as np
 
 from maxsep.config import Config, ConfigError, DataConfig
 from maxsep.config.stored import OWN_TOKENIZER
+from maxsep.data.json_tokenizer import end_ids
 from maxsep.huggingface import model_config, tokenizer_files
 from maxsep.huggingface.families import numbers, sizes, tensors
 from maxsep.huggingface.folder import DTYPES, Folder
@@ -31,12 +32,10 @@ class HuggingFaceModel:
             self.family, model, context = model_config.read(fields)
         except ConfigError as e:
             raise self.folder.refuse(f"config.json: {e}") from None
-        ends = fields.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = [end for end in ends if type(end) is int and 0 <= end < model.vocab_size]
-        end = self.ends[0] if self.ends else None
-        self.tokenizer_files = tokenizer_files.carried(self.folder, end)
-        ids = f"ids:{model.vocab_size}" + ("" if end is None else f":{end}")
+        ends = [*self._ends("config.json"), *self._ends(tokenizer_files.GENERATION)]
+        self.ends = [end for end in dict.fromkeys(ends) if end < model.vocab_size]  # of which a text may end with any
+        self.tokenizer_files = tokenizer_files.carried(self.folder, self.ends)
+        ids = f"ids:{model.vocab_size}" + (f":{','.join(map(str, self.ends))}" if self.ends else "")
         self.stored = self.folder.tensors()
         self.tensors = tensors(self.family, model)
         self.dtype = self._check(model)
@@ -50,6 +49,13 @@ class HuggingFaceModel:
                 begin_prompts=bool(self.tokenizer_files),
             ),
         )
+
+    def _ends(self, name: str) -> list[int]:
+        """The ids that end a text, as a file says."""
+        try:
+            return end_ids((self.folder.json(name) or {}).get("eos_token_id"))
+        except ValueError as e:
+            raise self.folder.refuse(f"{name}: {e}") from None
 
     def _check(self, model) -> str:
         """Compares the tensors with those of the family's model; returns the dtype that they have.

@@ -176,7 +176,7 @@ def family_of(model: ModelConfig) -> Family:
     return family
 
 
-def write(family: Family, model: ModelConfig, context: int, bos: int | None, eos: int | None) -> dict:
+def write(family: Family, model: ModelConfig, context: int, bos: int | None, ends: list[int]) -> dict:
     """The content of a config.json, which transformers 4 and 5 read.
 
     Args:
@@ -184,7 +184,7 @@ def write(family: Family, model: ModelConfig, context: int, bos: int | None, eos
         model: with as many ids and of the dtype that are written.
         context: the longest, in tokens.
         bos: id that begins a text; None: there is none.
-        eos: id that ends a text; likewise.
+        ends: ids of which each ends a text.
     """
     fields = {
         "architectures": [family.architecture],
@@ -207,7 +207,7 @@ def write(family: Family, model: ModelConfig, context: int, bos: int | None, eos
         "tie_word_embeddings": model.tied_embedding,
         "attention_dropout": 0.0,
         "bos_token_id": bos,
-        "eos_token_id": eos,
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
         "pad_token_id": None,
     }
     if not family.top_k_is_normalized:

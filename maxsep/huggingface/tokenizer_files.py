@@ -6,20 +6,22 @@ from pathlib import Path
 
 from maxsep.data.base_tokenizer import Tokenizer
 from maxsep.data.gpt2_tokenizer import END_OF_TEXT, Gpt2Tokenizer, vocabulary_and_merges
-from maxsep.data.json_tokenizer import JsonTokenizer
+from maxsep.data.json_tokenizer import JsonTokenizer, end_ids
 from maxsep.huggingface.folder import Folder
 
 MAIN, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-OTHERS = ("special_tokens_map.json", "generation_config.json")  # carried along, not read
+GENERATION = "generation_config.json"  # of which the ids that end a completion are read
+OTHERS = ("special_tokens_map.json", GENERATION)  # carried along
 FAST = "PreTrainedTokenizerFast"  # the class of transformers that reads any tokenizer.json
 
 
-def carried(folder: Folder, end: int | None) -> dict[str, bytes]:
+def carried(folder: Folder, ends: list[int]) -> dict[str, bytes]:
     """The files that a run keeps of a folder's tokenizer, by name; none where the folder has no tokenizer.json.
 
     Args:
         folder: of the model.
-        end: the id that ends a text in config.json, which counts where tokenizer_config.json has no name of it.
+        ends: the ids that end a text, as config.json and generation_config.json say. The first counts where
+            tokenizer_config.json has no name of it; the others end completions.
 
     Raises:
         ConfigError: one of the files is not JSON, or leads out of the folder.
@@ -28,11 +30,15 @@ def carried(folder: Folder, end: int | None) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     settings = folder.json(SETTINGS) or {}
-    if settings.get("eos_token") is None and end is not None:
-        settings["eos_token"] = next((name for name, number in _names(tokenizer) if number == end), None)
+    if settings.get("eos_token") is None and ends:
+        settings["eos_token"] = next((name for name, number in _names(tokenizer) if number == ends[0]), None)
     others = (name for name in OTHERS if folder.json(name) is not None)
     # Those that nothing is added to stay as they are: a hash tells which tokenizer a run has.
-    return {name: (folder.path / name).read_bytes() for name in (MAIN, *others)} | {SETTINGS: _json(settings)}
+    files = {name: (folder.path / name).read_bytes() for name in (MAIN, *others)} | {SETTINGS: _json(settings)}
+    generation = folder.json(GENERATION) or {}
+    if len(ends) > 1 and set(end_ids(generation.get("eos_token_id"))) != set(ends):
+        files[GENERATION] = _json(generation | {"eos_token_id": ends})
+    return files
 
 
 def _names(tokenizer: dict) -> Iterator[tuple]:

@@ -119,7 +119,7 @@ class Generator:
             completion.last = turn.start + (turn.end - turn.start) * share
             if number == 0:
                 completion.first = completion.last
-            completion.ended = token == self.program.end_of_text
+            completion.ended = token in self.program.ends
             if not completion.ended:
                 completion.tokens.append(token)
                 completion.logprobs.append(float(turn.logprobs_bn[row, number]))

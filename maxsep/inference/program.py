@@ -7,6 +7,7 @@ batch. Weights lie the same in both.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -54,13 +55,21 @@ class Decoding:
 class Program:
     """The functions of one config, to be compiled under its mesh (`jax.set_mesh`).
 
-    `end_of_text` and `ids` are the tokenizer's; `platform` is that of the devices to compile for, by default this
-    machine's. No token is dropped, whatever capacity the model was trained with.
+    `end_of_text`, `ids` and `stops` are the tokenizer's: the id between documents, how many ids it has, and those that
+    end a completion too. `platform` is that of the devices to compile for, by default this machine's. No token is
+    dropped, whatever capacity the model was trained with.
     """
 
-    def __init__(self, config: Config, end_of_text: int, ids: int | None = None, platform: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        end_of_text: int,
+        ids: int | None = None,
+        platform: str | None = None,
+        stops: Sequence[int] = (),
+    ):
         model = dataclasses.replace(config.model, capacity_factor=None, capacity_group=None)
-        self.config, self.model, self.end_of_text = config, model, end_of_text
+        self.config, self.model, self.ends = config, model, (end_of_text, *stops)
         self.layout = Layout.of(config, platform).for_inference()
         self.single = self.layout.of_single_tokens()
         self.rows = self.single.ways("b")  # a batch is a multiple of it
@@ -162,7 +171,7 @@ class Program:
             tokens_bn, logprobs_bn = (
                 jnp.zeros((x_b.size, most), x_b.dtype).at[:, 0].set(x_b) for x_b in (token_b, logprob_b)
             )
-            done_b = (token_b == self.end_of_text) | (limit_b <= 1) | (length_b == 0)
+            done_b = self._ended(token_b) | (limit_b <= 1) | (length_b == 0)
             window = Window(pad_b, first_b)
             held = (cache, window, token_b, tokens_bn, logprobs_bn, number_b, length_b, limit_b, done_b)
             return _outside(Decoding(*collectives.vary(held), jnp.ones((), jnp.int32), _busy(done_b), s))
@@ -198,7 +207,7 @@ class Program:
                     for x_bn, x_b in ((state.tokens_bn, token_b), (state.logprobs_bn, logprob_b))
                 )
                 made = state.made + 1
-                done_b = state.done_b | (token_b == self.end_of_text) | (made >= state.limit_b)
+                done_b = state.done_b | self._ended(token_b) | (made >= state.limit_b)
                 return dataclasses.replace(
                     state,
                     cache=cache,
@@ -214,6 +223,9 @@ class Program:
 
         in_specs = (self.weight_specs, specs, P(), P())
         return jax.shard_map(on_device, in_specs=in_specs, out_specs=specs)(weights, state, sampling, until)
+
+    def _ended(self, token_b: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.logical_or, [token_b == end for end in self.ends])
 
     def score(self, weights, tokens_bs: jax.Array, targets_bs: jax.Array, length_b: jax.Array) -> jax.Array:
         """Log-probabilities of `targets_bs` [B, S] after the `length_b` tokens [B, S] before them; 0 for -1.

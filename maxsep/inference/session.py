@@ -41,7 +41,8 @@ class Session:
         begin = time.perf_counter()
         self.config, self.tokenizer, self.mesh, self.job = config, tokenizer, make_mesh(config), job
         with jax.set_mesh(self.mesh):
-            self.program = Program(config, tokenizer.end_of_text, tokenizer.vocab_size)
+            of = tokenizer.end_of_text, tokenizer.vocab_size
+            self.program = Program(config, *of, stops=tokenizer.stops)
             self.weights, number = load(self.program, folder, step, job)
         on = f"{describe(list(self.mesh.devices.flat))}, {config.layout}: {config.mesh}"
         say(f"maxsep: {paths.shown(folder)}, step {number}, {config.model.dtype}, on {on}")

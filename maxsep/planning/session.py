@@ -87,6 +87,6 @@ def _compile(job: dict[str, Any], scratch: Path, stop: Stop) -> tuple[dict[str, 
         status = child.run(command, log, environment, stop, shown=False)
         if status == cli.DONE:
             return json.loads(out.read_text(encoding="utf-8")), True
-        return {"error": f"{child.why(log)} ({child.ended(status)})"}, False
+        return {"error": child.why(log, status)}, False
     except OSError as e:
         raise ConfigError(f"TMPDIR: cannot write in {scratch.parent}: {e.strerror or e}; takes a folder") from e

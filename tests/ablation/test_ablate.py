@@ -12,6 +12,7 @@ from processes import QUICK, running
 from runs import SMALL
 
 from maxsep import ablate
+from maxsep.ablation import session
 from maxsep.ablation.session import Session
 from maxsep.cluster import child
 from maxsep.config import cli
@@ -69,6 +70,11 @@ def test_what_has_finished_is_kept(data, tmp_path, capsys, monkeypatch, quick):
     assert ablate.run(argv) == cli.DONE
     assert "1/1 ma:1x2: has finished" in capsys.readouterr()[0]
     assert read(folder) == found
+    # With fewer steps the report still says what was run.
+    assert ablate.run(arguments(data, folder, "ma:1x2", "--nodecode", train__steps=3)) == cli.DONE
+    fewer = read(folder)
+    assert fewer["facts"]["training"].startswith("4 steps of ") and fewer["runs"] == found["runs"]
+    capsys.readouterr()
     first = f"the run in {folder / 'ma-1x2'} has"
     for field, other, told in (
         ("model.remat", "full", f"got 'full'; {first} 'none', which may not change"),
@@ -76,6 +82,40 @@ def test_what_has_finished_is_kept(data, tmp_path, capsys, monkeypatch, quick):
     ):
         assert ablate.run([*argv, f"--config.{field}={other}"]) == cli.USER_ERROR, "its figures would be another's"
         assert capsys.readouterr()[1] == f"error: {field}: {told}\n"
+
+
+@pytest.mark.parametrize(
+    "status, said, why",
+    [
+        (
+            -signal.SIGKILL,
+            "step 2/4  loss 5.1",
+            "killed by SIGKILL, as the system does where memory runs out; the last",
+        ),
+        (-signal.SIGSEGV, "error: not told\nstep 2/4", "not told (killed by SIGSEGV)"),
+        (cli.NONFINITE, "error: halted after step 3", "halted after step 3 (status 72)"),
+        (cli.CRASHED, "Traceback:\nValueError: x", "ValueError: x (status 70)"),
+    ],
+)
+def test_an_ablation_of_which_runs_failed_ends_with_the_status_of_the_first(
+    data, tmp_path, capsys, monkeypatch, status, said, why
+):
+    statuses = iter([status, cli.RESTART])
+
+    def failing(command, log, *others):
+        log.write_text(f"$ python train.py\n{said}\n")
+        return next(statuses)
+
+    monkeypatch.setattr(child, "run", failing)
+    monkeypatch.setattr(session, "_can_draw", lambda: False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert ablate.run(arguments(data, tmp_path, "ma:1x2,tp:2x1")) == (128 - status if status < 0 else status)
+    out, err = capsys.readouterr()
+    assert f"1/2 ma:1x2: failed: {why}" in out and "training: 4 steps of" in (tmp_path / "ablation.md").read_text()
+    assert err == "error: 2 failed, of 2 runs: ma:1x2, tp:2x1; see above\n"
+    assert read(tmp_path)["failed"].keys() == {"ma:1x2", "tp:2x1"} and read(tmp_path)["failed"]["ma:1x2"].startswith(
+        why
+    )
 
 
 def test_a_second_ablation_in_its_folder_is_refused(data, tmp_path, capsys):
@@ -124,7 +164,8 @@ def test_cut_off_it_goes_on_and_a_run_that_fails_does_not_stop_it(data, tmp_path
     assert running(str(folder)) == []
 
     out, _ = (ablation := started()).communicate(timeout=kill.LIMIT)
-    assert ablation.returncode == cli.DONE, out
+    assert ablation.returncode == cli.USER_ERROR, out
+    assert out.splitlines()[-1] == "error: 1 failed, of 3 runs: ma:2x2; see above"
     assert "2/3 ma:1x1: has finished" in out and "all losses agree to 1e-09" in out
     found = read(folder)
     assert found["failed"].keys() == {"ma:2x2"}

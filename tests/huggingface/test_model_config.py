@@ -135,7 +135,7 @@ def test_a_model_trained_here_has_the_family_that_it_is():
     ):
         family = model_config.family_of(model)
         assert family.name == name
-        fields = model_config.write(family, model, 4096, 1, 2)
+        fields = model_config.write(family, model, 4096, 1, [2])
         again_family, again, context = model_config.read(fields)
         assert (again_family, context) == (family, 4096)
         same = {"dtype": model.dtype, "remat": model.remat, "mask_unused_ids": model.mask_unused_ids}

@@ -47,7 +47,49 @@ def test_a_tokenizer_json_goes_in_and_out(model, tmp_path):
     assert after["special_tokens_map.json"] == before["special_tokens_map.json"]
     assert after["tokenizer_config.json"].items() >= before["tokenizer_config.json"].items()
     assert after["tokenizer_config.json"]["eos_token"] == "[END]"
-    assert (after["config.json"]["bos_token_id"], after["config.json"]["eos_token_id"]) == (1, 2)
+    assert (after["config.json"]["bos_token_id"], after["config.json"]["eos_token_id"]) == (1, [2, 5])
+    assert after["generation_config.json"] == {"eos_token_id": [2, 5]}
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_a_completion_ends_with_each_id_that_ends_one(model, tmp_path, complete, capsys, words):
+    """Those of config.json and of generation_config.json; they come along when it is exported."""
+    given, out = model if words else shutil.copytree(GOLDEN / "mixtral_odd", tmp_path / "plain"), tmp_path / "out.jsonl"
+    config = json.loads((given / "config.json").read_text())
+
+    def completion(run) -> dict:
+        how = ("--max_new_tokens=8", "--temperature=0", f"--json={out}")
+        assert complete(f"--workdir={run}", "--prompt=the dog" if words else "--prompt=1 5 66", *how)[0] == cli.DONE
+        return json.loads(out.read_text())
+
+    (given / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    endless = completion(imported(given, tmp_path / "endless"))
+    assert not endless["ended"]
+    last = next(token for token in endless["tokens"] if token != endless["tokens"][0])
+    (given / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 3]}))
+    (given / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [2, last]}))
+    capsys.readouterr()
+    run = imported(given, tmp_path / "run")
+    assert f"a text ends with id 2; a completion also with 3, {last}\n" in capsys.readouterr().out
+    ended = completion(run)
+    assert ended["ended"] and ended["tokens"] == endless["tokens"][: endless["tokens"].index(last)]
+    back = exported(run, tmp_path / "back")
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == [2, 3, last]
+    if words:
+        expected = {"temperature": 0.6, "eos_token_id": [2, 3, last]}
+        assert json.loads((back / "generation_config.json").read_text()) == expected
+    assert completion(imported(back, tmp_path / "again"))["tokens"] == ended["tokens"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ids", ["</s>", [2, "</s>"], 2.5, True])
+def test_ends_that_are_no_ids_are_refused(tmp_path, capsys, name, ids):
+    folder = shutil.copytree(GOLDEN / "mixtral_odd", tmp_path / "model")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / name).write_text(json.dumps((fields if name == "config.json" else {}) | {"eos_token_id": ids}))
+    assert converted("import", f"--checkpoint={folder}", f"--workdir={tmp_path / 'run'}") == cli.USER_ERROR
+    what = f"--checkpoint: {folder}/{name}: eos_token_id: got {ids}; takes an id, or a list of ids"
+    assert capsys.readouterr().err == f"error: {what}\n" and not (tmp_path / "run").exists()
 
 
 def test_prompts_and_texts_begin_as_transformers_begins_them(model, tmp_path, complete):
@@ -87,7 +129,9 @@ def test_without_a_tokenizer_ids_are_text(tmp_path, capsys, complete):
         assert "is no id below 67, and this model takes ids alone" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["ids:0", "ids:", "ids:x", "ids:5:5", "ids:5:", "ids:-3", "ids:05"])
+@pytest.mark.parametrize(
+    "name", ["ids:0", "ids:", "ids:x", "ids:5:5", "ids:5:", "ids:-3", "ids:05", "ids:5:1,", "ids:5:1,5"]
+)
 def test_ids_are_spelled_so(name):
     with pytest.raises(ValueError, match=rf"^data\.tokenizer: got '{name}'; takes ids:N, or ids:N:E"):
         tokenizer.load(name)
@@ -95,7 +139,9 @@ def test_ids_are_spelled_so(name):
 
 def test_ids_and_their_end():
     assert tokenizer.load("ids:32000:2").end_of_text == 2
-    assert tokenizer.load("ids:32000").end_of_text == -1
+    assert tokenizer.load("ids:32000").end_of_text == -1 and tokenizer.load("ids:32000").ends == []
+    assert tokenizer.load("ids:32000:2,45").ends == [2, 45]
+    assert tokenizer.load("ids:32000:2,45").fingerprint == tokenizer.load("ids:32000:2").fingerprint
     assert tokenizer.load("ids:9").decode([3, 1]) == "3 1"
 
 
