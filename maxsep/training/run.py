@@ -194,7 +194,6 @@ class Run:
             **({} if model.capacity_factor else {"experts": experts.described(model, self.program.layout.platform)}),
             "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
             **self._pipeline(),
-            **self._warmup(),
         }
 
     def _pipeline(self) -> dict[str, str]:
@@ -206,12 +205,6 @@ class Run:
             kept = f"what model.remat={remat} keeps, of all {self.config.train.accumulation} micro-batches at once"
             lines["activations"] = f"{kept} (model.remat=full: only the inputs of blocks)"
         return lines
-
-    def _warmup(self) -> dict[str, str]:
-        steps, warmup = self.config.train.steps, self.config.optimizer.warmup_steps
-        if steps > warmup:
-            return {}
-        return {"learning rate": f"rises to the end: optimizer.warmup_steps is {warmup}, train.steps {steps}"}
 
 
 def _size(count: int) -> str:

@@ -16,7 +16,7 @@ from maxsep.output.checkpoint import Checkpoints, save_seconds
 from maxsep.output.lock import Lock
 from maxsep.output.metrics import MetricsWriter
 from maxsep.parallel.mesh import make_mesh
-from maxsep.training import summary
+from maxsep.training import optimizer, summary
 from maxsep.training.loop import Loop, Position
 from maxsep.training.run import Run
 
@@ -87,6 +87,8 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
                 console.say(f"going on from step {at.step} in {folder}")
                 if config.train.profile and int(config.train.profile.partition(":")[2]) <= at.step:
                     console.say(f"train.profile: steps {config.train.profile} are done; nothing is recorded")
+            for warning in optimizer.warnings(config, at.step):
+                console.say(warning)
             Loop(run, corpus, folder, checkpoints, writer, write_config, saved, peak, job).train(
                 state, at, evaluation is not None
             )

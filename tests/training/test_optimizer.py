@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small import config
 
-from maxsep.training.optimizer import adamw, schedule
+from maxsep.training.optimizer import adamw, schedule, warnings
 
 
 def rates(steps: int = 20, **fields) -> list[float]:
@@ -24,10 +24,49 @@ def test_schedule():
 
 
 def test_schedule_ends_where_it_is_told():
-    found = rates(20, learning_rate=1.0, warmup_steps=0, decay_steps=10, final_fraction=0.0)
-    assert 0.9 < found[0] < 1
-    assert found[4] == pytest.approx(0.5, rel=1e-5)
-    assert found[9:] == pytest.approx([0.0] * 16, abs=1e-7)
+    found = rates(20, learning_rate=1.0, warmup_steps=0, decay_steps=11, final_fraction=0.0)
+    assert found[5] == pytest.approx(0.5, rel=1e-5)
+    assert found[10:] == pytest.approx([0.0] * 15, abs=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_without_a_warm_up_the_first_step_has_the_peak(steps, warmup_steps):
+    found = rates(steps, learning_rate=1.0, warmup_steps=warmup_steps)
+    assert found[0] == 1 and found[steps] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "steps, warmup_steps, decay_steps, done, said",
+    [
+        (300, 100, 300, 0, []),
+        (100, 100, 100, 0, []),  # the last step has the peak
+        (
+            50,
+            100,
+            100,
+            0,
+            ["does not reach its peak: optimizer.warmup_steps is 100, train.steps 50; the last step has 50%"],
+        ),
+        (200, 100, 100, 50, ["falls from its peak to 10% of it after step 100: optimizer.decay_steps, set when"]),
+        (200, 100, 100, 150, []),  # it is there
+        (1, 0, 1, 0, []),
+        (9, 0, 1, 1, ["falls from its peak to 10% of it after step 1"]),
+        (9, 2, 4, 4, []),
+    ],
+)
+def test_what_is_told_of_the_rate(steps, warmup_steps, decay_steps, done, said):
+    c = config(train={"steps": steps}, optimizer={"warmup_steps": warmup_steps, "decay_steps": decay_steps})
+    told = warnings(c, done)
+    assert len(told) == len(said) and all(words in line for words, line in zip(said, told, strict=True))
+    falls = [n for n in range(max(1, done), steps) if rate_of(c, n + 1) < 0.2 * rate_of(c, n)]
+    assert bool(falls) == any("falls" in line for line in told)
+    assert (max(rate_of(c, n) for n in range(1, steps + 1)) < c.optimizer.learning_rate) == ("not reach" in str(told))
+
+
+def rate_of(c, step: int) -> float:
+    """Of the step of this number."""
+    return round(float(schedule(c)(step - 1)), 9)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
