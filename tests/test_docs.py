@@ -128,7 +128,7 @@ def test_what_a_page_names_exists(page, monkeypatch):
     for first, *arguments in commands(text):
         tool, arguments = (arguments[0], arguments[1:]) if first == "-m" else (first, arguments)
         cli.parse([tool, *(a for a in arguments if a != "--help")], **TOOLS[tool])  # raises where one is wrong
-    known = {"config", "help"} | {name for tool in TOOLS.values() for name in flags_of(tool["define"])}
+    known = {"config", "flagfile", "help"} | {name for tool in TOOLS.values() for name in flags_of(tool["define"])}
     for name in re.findall(r"`--(\w+)", text):
         assert name in known, name
 

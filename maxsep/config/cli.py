@@ -245,6 +245,7 @@ def help_text(
     elif found is not None:
         heading = "config fields that may differ from the run's own:"
         shown = [(f"--config.{field.path}=VALUE", field.comment) for field in fields() if field.path in found.takes]
+    general += [("--flagfile=FILE", "file of more flags, one per line")]
     if heading:
         general += [("--config.SECTION.FIELD=VALUE", "any field listed below")]
     words = f" {{{','.join(commands)}}}" if commands else ""
