@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from maxsep.config import ConfigError
 from maxsep.config.checksum import checksum, file_checksum
 from maxsep.output.durable import finite, write_json
 from maxsep.output.fingerprint import fingerprints
@@ -74,9 +75,14 @@ class Record:
         Raises:
             Damaged: it is not as it was written, or of another step.
             Incomplete: it is missing, or cut short.
+            ConfigError: it is of another version.
             OSError: it cannot be read.
         """
         content = _read(folder / RECORD / FILE, "its record")
+        if content.keys() != {"step", "data", "state", "files"}:
+            raise ConfigError(
+                f"{folder} was saved by another version of maxsep, whose checkpoints this one does not read"
+            )
         if content["step"] != int(folder.name):
             raise Damaged(f"it is the step {content['step']}")
         state = {name: Leaf(*leaf) for name, leaf in content["state"].items()}
@@ -94,7 +100,7 @@ class Record:
                 return Incomplete(f"{path} is missing")
             if found != size:
                 return Incomplete(f"{path} has {found} bytes, not {size}")
-            if check not in (None, file_checksum(path)):
+            if check is not None and check != file_checksum(path):
                 return Damaged(f"{path} does not have the checksum that it was saved with")
             return None
 

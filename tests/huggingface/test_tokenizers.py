@@ -51,34 +51,37 @@ def test_a_tokenizer_json_goes_in_and_out(model, tmp_path):
     assert after["generation_config.json"] == {"eos_token_id": [2, 5]}
 
 
-@pytest.mark.parametrize("words", [True, False])
-def test_a_completion_ends_with_each_id_that_ends_one(model, tmp_path, complete, capsys, words):
+def test_a_completion_ends_with_each_id_that_ends_one(model, tmp_path, complete, capsys):
     """Those of config.json and of generation_config.json; they come along when it is exported."""
-    given, out = model if words else shutil.copytree(GOLDEN / "mixtral_odd", tmp_path / "plain"), tmp_path / "out.jsonl"
-    config = json.loads((given / "config.json").read_text())
+    out, config = tmp_path / "out.jsonl", json.loads((model / "config.json").read_text())
 
     def completion(run) -> dict:
-        how = ("--max_new_tokens=8", "--temperature=0", f"--json={out}")
-        assert complete(f"--workdir={run}", "--prompt=the dog" if words else "--prompt=1 5 66", *how)[0] == cli.DONE
+        how = ("--prompt=the dog", "--max_new_tokens=8", "--temperature=0", f"--json={out}")
+        assert complete(f"--workdir={run}", *how)[0] == cli.DONE
         return json.loads(out.read_text())
 
-    (given / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
-    endless = completion(imported(given, tmp_path / "endless"))
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    endless = completion(imported(model, tmp_path / "endless"))
     assert not endless["ended"]
     last = next(token for token in endless["tokens"] if token != endless["tokens"][0])
-    (given / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 3]}))
-    (given / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [2, last]}))
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 3]}))
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [2, last]}))
     capsys.readouterr()
-    run = imported(given, tmp_path / "run")
+    run = imported(model, tmp_path / "run")
     assert f"a text ends with id 2; a completion also with 3, {last}\n" in capsys.readouterr().out
     ended = completion(run)
     assert ended["ended"] and ended["tokens"] == endless["tokens"][: endless["tokens"].index(last)]
-    back = exported(run, tmp_path / "back")
-    assert json.loads((back / "config.json").read_text())["eos_token_id"] == [2, 3, last]
-    if words:
-        expected = {"temperature": 0.6, "eos_token_id": [2, 3, last]}
-        assert json.loads((back / "generation_config.json").read_text()) == expected
-    assert completion(imported(back, tmp_path / "again"))["tokens"] == ended["tokens"]
+    after = files(exported(run, tmp_path / "back"))
+    assert after["config.json"]["eos_token_id"] == [2, 3, last]
+    assert after["generation_config.json"] == {"temperature": 0.6, "eos_token_id": [2, 3, last]}
+
+
+def test_ends_come_along_without_a_tokenizer(tmp_path):
+    model = shutil.copytree(GOLDEN / "mixtral_odd", tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 45, 99]}')  # 99 is no id of the model
+    run = imported(model, tmp_path / "run")
+    assert read_config(run)[0].data.tokenizer == "ids:67:2,45"
+    assert files(exported(run, tmp_path / "back"))["config.json"]["eos_token_id"] == [2, 45]
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

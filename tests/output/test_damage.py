@@ -1,5 +1,6 @@
 """Damage to a checkpoint's files never loads in silence: it is told, and the step before it is taken."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from states import State, abstract, bits, filled, mesh_of
 
 from maxsep.config import ConfigError
+from maxsep.config.checksum import checksum
 from maxsep.output.checkpoint import Checkpoints, NotFinite
 
 
@@ -157,6 +159,19 @@ def test_another_state_of_the_same_shapes_is_damage(whole, tmp_path, capsys):
         shutil.rmtree(trial / "2" / part)
         shutil.copytree(folder / "1" / part, trial / "2" / part)
         assert taken(trial, saved, capsys) == 1
+
+
+def test_what_another_version_saved_is_refused(whole, tmp_path):
+    folder, _ = whole
+    trial = tmp_path / "checkpoints"
+    shutil.copytree(folder, trial)
+    path = trial / "2" / "data" / "metadata"
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("files", "checksum")}
+    path.write_text(json.dumps(content | {"checksum": checksum(content)}))
+    with Checkpoints(trial) as checkpoints:
+        with pytest.raises(ConfigError, match=rf"^{trial}/2 was saved by another version of maxsep, "):
+            checkpoints.restore(abstract(mesh_of(1, 1)))
+        assert checkpoints.all_steps() == [1, 2]
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
