@@ -291,7 +291,7 @@ class Checkpoints:
 
     def _end_if_hanging(self, step: int, line: str) -> None:
         if self._saving == step and self._manager.is_saving_in_progress():
-            self.job.fail(End(cli.SAVE_FAILED, f"{line}; the same command goes on from the checkpoint before it"))
+            self.job.fail(End(cli.SAVE_FAILED, f"{line}; the same command resumes from the checkpoint before it"))
 
     def _not_saved(self, step: int, error: BaseException) -> str:
         return f"checkpoint of step {step} was not saved in {self.directory}: {one_line(error)}"

@@ -46,7 +46,7 @@ class Losses:
             self._unwritten.add(step)
 
     def write(self) -> None:
-        """Writes those of steps that are saved. One that cannot be written is told, and kept for the next time."""
+        """Writes those of steps that are saved. Warns if one cannot be written, and tries again the next time."""
         for step in sorted(self._unwritten):
             folder = self.directory / str(step)
             try:

@@ -333,7 +333,7 @@ class Loop:
         errors = self.job.agree(error and str(error), None if error is None else ALIKE_SECONDS)
         failed = [f"{e} ({member})" for e, member in zip(errors, self.job.members, strict=True) if e is not None]
         if 0 < len(failed) < len(errors):
-            what = f"{failed[0]}; the same command goes on from the checkpoint before it"
+            what = f"{failed[0]}; the same command resumes from the checkpoint before it"
             raise cli.Exit(cli.SAVE_FAILED, what) from error
         return error
 
