@@ -1,4 +1,4 @@
-"""Completes prompts with a run's model, or with --score tells how probable given texts are to it.
+"""Completes prompts with a run's model, or with --score prints the log-probability of texts.
 
 Without flags: the newest run under runs/, its latest checkpoint, one device where there are no accelerators, prompts
 from standard input. Several processes may hold one model: docs/multihost.md.
@@ -28,16 +28,21 @@ def define(values: flags.FlagValues) -> None:
 
     string("workdir", None, "folder of the run (default: the newest under runs/)")
     string("step", "latest", "checkpoint: a step's number, latest, or best (lowest held-out loss)")
-    flags.DEFINE_multi_string("prompt", [], "text to go on with; may be given again", flag_values=values)
-    string("prompts", None, 'file of prompts: .txt, one a line; .jsonl, {"prompt": …} or {"tokens": […]} a line')
-    integer("max_new_tokens", 64, 1, "most tokens to add to a prompt")
-    flags.DEFINE_float("temperature", 0.8, "0: always the likeliest token", flag_values=values)
-    integer("top_k", None, 1, "draw among this many of the likeliest tokens")
-    flags.DEFINE_float("top_p", 1.0, "draw among the likeliest tokens of this probability together", flag_values=values)
-    integer("seed", 0, 0, "of what is drawn")
-    integer("batch_size", 16, 1, "prompts, or texts, at a time")
-    string("score", None, 'file of texts to score: {"text": …} or {"tokens": […]} a line')
-    string("json", None, "file to write, a JSON object a prompt or text")
+    flags.DEFINE_multi_string("prompt", [], "text to complete; may be given again", flag_values=values)
+    string("prompts", None, 'file of prompts: .txt, one per line; .jsonl, {"prompt": …} or {"tokens": […]} per line')
+    integer("max_new_tokens", 64, 1, "most new tokens per prompt")
+    flags.DEFINE_float("temperature", 0.8, "sampling temperature; 0: greedy", flag_values=values)
+    integer("top_k", None, 1, "sample from this many of the likeliest tokens")
+    flags.DEFINE_float(
+        "top_p",
+        1.0,
+        "sample from the likeliest tokens that have this probability together (nucleus)",
+        flag_values=values,
+    )
+    integer("seed", 0, 0, "seed of the samples")
+    integer("batch_size", 16, 1, "prompts or texts per batch")
+    string("score", None, 'file of texts to score: {"text": …} or {"tokens": […]} per line')
+    string("json", None, "JSON Lines file to write, an object per prompt or text")
     join.define(values)
 
 

@@ -1,7 +1,7 @@
 """Trains a Mixture-of-Experts transformer, or with --mode=eval evaluates its latest checkpoint.
 
-Without flags: configs/tiny.py, on real text, on a mesh that fits the machine. A run that was stopped goes on when
-the same command is given again, or --workdir alone. Several processes make one run: docs/multihost.md.
+Without flags: configs/tiny.py, on real text, on a mesh that fits the machine. The same command, or --workdir alone,
+resumes a run that was stopped. Several processes can train one run: docs/multihost.md.
 """
 
 import sys
@@ -18,7 +18,9 @@ from maxsep.parallel.start import start
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run (default runs/NAME, the config's name)", flag_values=values)
-    flags.DEFINE_enum("mode", "train", ["train", "eval"], "what to do", flag_values=values)
+    flags.DEFINE_enum(
+        "mode", "train", ["train", "eval"], "train, or evaluate the latest checkpoint", flag_values=values
+    )
     join.define(values)
 
 

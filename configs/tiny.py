@@ -2,7 +2,7 @@
 
     python train.py
 
-Expected: some four minutes on 2 busy cores; held-out loss about 4.5 nats a token, where the unigram cross-entropy is
+Expected: some four minutes on 2 busy cores; held-out loss about 4.5 nats per token, where the unigram cross-entropy is
 6.5.
 """
 

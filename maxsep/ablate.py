@@ -26,10 +26,13 @@ DEFAULT = "configs/ablations/study.py"
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "runs/ablation", "folder of the ablation", flag_values=values)
     flags.DEFINE_list(
-        "runs", None, "what to compare, as ma:4x4,pp:2x1x8 (default the config's RUNS)", flag_values=values
+        "runs",
+        None,
+        "layouts and meshes to compare, as ma:4x4,pp:2x1x8 (default: the config's RUNS)",
+        flag_values=values,
     )
-    flags.DEFINE_string("size", None, "of a config that has several, as tiny, study", flag_values=values)
-    flags.DEFINE_boolean("decode", True, "also time decoding, on the study's strategies", flag_values=values)
+    flags.DEFINE_string("size", None, "size of a config that has several: tiny, study", flag_values=values)
+    flags.DEFINE_boolean("decode", True, "also time decoding of the study's strategies", flag_values=values)
 
 
 def main(args: cli.Args) -> None:
@@ -77,7 +80,7 @@ def main(args: cli.Args) -> None:
             raise cli.Exit(cli.SAVE_FAILED, why) from e
     print(f"{time.monotonic() - began:.0f} s; written: {paths.shown(folder)}: {written}", flush=True)
     if session.stopped:
-        raise cli.Exit(cli.STOPPED, f"{session.stopped}: stopped; the same command goes on from there")
+        raise cli.Exit(cli.STOPPED, f"{session.stopped}: stopped; the same command resumes from there")
     if session.status:
         failed = [*session.failed, *(f"decoding of {name}" for name in session.not_decoded)]
         raise cli.Exit(session.status, f"{len(failed)} failed, of {len(trials)} runs: {', '.join(failed)}; see above")

@@ -38,17 +38,22 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_list(name, default, text, flag_values=values)
 
     integer("steps", 20, "train: timed steps")
-    integer("warmup", 3, "train: steps before the first that is timed")
-    integer("turn", 5, "train: steps until the next system's turn")
-    integers("contexts", "512,1024,2048,4096", "decode: tokens of a prompt")
-    integers("batches", "1,16", "decode: prompts at a time")
-    integer("new", 64, "decode: new tokens of a prompt")
+    integer("warmup", 3, "train: steps before the timed ones")
+    integer("turn", 5, "train: steps per turn, where systems are compared")
+    integers("contexts", "512,1024,2048,4096", "decode: prompt lengths, in tokens")
+    integers("batches", "1,16", "decode: batch sizes")
+    integer("new", 64, "decode: new tokens per prompt")
     integer("repeats", 3, "decode: timed generations")
     flags.DEFINE_boolean("experts", False, "decode: also time the experts alone", flag_values=values)
     flags.DEFINE_string("plot", None, "decode: PNG file to write", flag_values=values)
-    flags.DEFINE_string("peers", None, "folder that benchmarks/peers/setup.sh made: compare", flag_values=values)
+    flags.DEFINE_string(
+        "peers",
+        None,
+        "compare with the systems in this folder, which benchmarks/peers/setup.sh makes",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("parts", False, "train: also profile the parts of the step (on a CPU)", flag_values=values)
-    flags.DEFINE_string("json", None, "file to write, a JSON object a measurement", flag_values=values)
+    flags.DEFINE_string("json", None, "JSON Lines file to write, an object per measurement", flag_values=values)
     join.define(values)
 
 

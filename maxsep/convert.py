@@ -28,7 +28,7 @@ COMMANDS = ("import", "export")
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("checkpoint", None, "folder of a model in Hugging Face's form", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "folder of a Hugging Face model", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_string("step", "latest", "checkpoint to export: a step's number, latest, or best", flag_values=values)
 

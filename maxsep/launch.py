@@ -4,7 +4,7 @@ As in `python -m maxsep.launch --processes=4 -- train.py --workdir=runs/four`: w
 infer.py or -m maxsep.bench train. Without accelerators each process simulates its part of the mesh's devices; with GPUs
 each takes one. Standard output is process 0's, which prints for all; a line of standard error has its process's number
 before it. SIGTERM, SIGHUP and Ctrl-C are passed on. With --restarts a job that has lost a process starts again, and
-goes on from its latest checkpoint.
+resumes from its latest checkpoint.
 """
 
 import signal
@@ -22,8 +22,8 @@ def define(values: flags.FlagValues) -> None:
     def integer(name, default, least, text):
         flags.DEFINE_integer(name, default, text, lower_bound=least, upper_bound=1024, flag_values=values)
 
-    integer("processes", None, 1, "how many to start")
-    integer("restarts", 0, 0, "starts after a process was lost or has crashed")
+    integer("processes", None, 1, "processes to start")
+    integer("restarts", 0, 0, "times to start again after a process was lost or crashed")
 
 
 def main(args: cli.Args, command: list[str]) -> None:

@@ -28,7 +28,9 @@ DEFAULT = "configs/seed.py"
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("cluster", None, "what to plan for: NAME:NODESxDEVICES, as a100-80gb:4x4", flag_values=values)
+    flags.DEFINE_string(
+        "cluster", None, "cluster to plan for: NAME:NODESxDEVICES, as a100-80gb:4x4", flag_values=values
+    )
     flags.DEFINE_list("runs", None, "only these layouts and meshes, as ma:4x4,pp:2x1x8", flag_values=values)
     flags.DEFINE_string("json", None, "file to write the plan to", flag_values=values)
     flags.DEFINE_string("cache", None, "folder of compiled results (default in the user's cache)", flag_values=values)

@@ -2,7 +2,7 @@
 
     python -m maxsep.prepare --config=configs/NAME.py [--workers=N] [--config.data.max_tokens=N]
 
-What is finished is kept when it is interrupted: the same command goes on from there. train.py prepares small texts by
+What is finished is kept when it is interrupted: the same command resumes from there. train.py prepares small texts by
 itself.
 """
 
@@ -25,7 +25,7 @@ from maxsep.output.ticker import Ticker
 def define(values: flags.FlagValues) -> None:
     takes = "processes that tokenise; the records do not depend on it (default: one a core)"
     flags.DEFINE_integer("workers", None, takes, lower_bound=1, flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder of a run whose text is meant, instead of --config", flag_values=values)
+    flags.DEFINE_string("workdir", None, "prepare the text of this run, instead of --config", flag_values=values)
     flags.DEFINE_string("json", None, "file to write the figures to", flag_values=values)
 
 
@@ -53,7 +53,7 @@ def main(args: cli.Args) -> None:
         preparation = Preparation(args.config, console.line)
         corpus = preparation.open_or_prepare(args.flags.workers or os.cpu_count(), progress, float("inf"))
     except KeyboardInterrupt:
-        raise cli.Exit(cli.STOPPED, "interrupted; the same command goes on from here") from None
+        raise cli.Exit(cli.STOPPED, "interrupted; the same command resumes from here") from None
     seconds = time.monotonic() - started
     console.line(f"{corpus.source}: prepared in {corpus.folder} ({seconds:.1f} s)")
     figures = {"folder": str(corpus.folder), "fingerprint": corpus.fingerprint, "seconds": seconds}

@@ -83,7 +83,7 @@ def test_all_end_where_one_cannot_write(workdir, data, victim):
 def test_all_end_whatever_fails(workdir, data, fault, moment, victim):
     """And the same command then resumes to the end."""
     flags = fails(workdir, data, fault, moment, victim)
-    assert processes.train(workdir, 2, *flags).count("going on from step") == 1
+    assert processes.train(workdir, 2, *flags).count("resuming from step") == 1
     assert sorted(step for step, split in kill.figures(workdir) if split == "train") == list(range(1, 9))
 
 

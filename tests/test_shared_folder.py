@@ -20,7 +20,7 @@ def test_a_checkpoint_that_is_damaged_for_one_process_is_taken_by_none(workdir, 
         assert both.ended() == [0, 0], both.all_printed()
         printed = both.printed()
     assert f"warning: checkpoint of step 4 in {workdir}/checkpoints is damaged: planted (process 1 (" in printed
-    assert f"going on from step 2 in {workdir}" in printed
+    assert f"resuming from step 2 in {workdir}" in printed
     assert (kill.state(workdir), kill.figures(workdir)) == whole
 
 

@@ -54,13 +54,15 @@ def _pictures(results: list[dict], agreed: Agreement | None) -> dict[str, tuple[
     if counted:
         found["communication.png"] = (
             "What a device gives to collectives in a step, by role",
-            lambda figure: _stacked(figure, counted, tables.sent, {r: r for r in tables.ROLES}, "MB a device and step"),
+            lambda figure: _stacked(
+                figure, counted, tables.sent, {r: r for r in tables.ROLES}, "MB per device and step"
+            ),
         )
     planned = [result for result in results if result["memory"] is not None]
     if planned:
         found["memory.png"] = (
             "Memory of a device at the peak, by kind",
-            lambda figure: _stacked(figure, planned, tables.memory, tables.KINDS, "MB a device at the peak"),
+            lambda figure: _stacked(figure, planned, tables.memory, tables.KINDS, "MB per device at the peak"),
         )
     others = all(result["expert_shares"] == results[0]["expert_shares"] for result in results)
     of = "the same in all runs" if others else f"of {results[0]['name']}; other runs differ"
@@ -88,7 +90,7 @@ def _losses(figure, results: list[dict], agreed: Agreement | None) -> None:
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.set_xlabel("optimizer step")
-    left.set_ylabel("training loss, nats a token")
+    left.set_ylabel("training loss, nats per token")
     of = {result["name"]: dict(zip(result["steps"], result["losses"], strict=True)) for result in results}
     steps = sorted(set.intersection(*(set(losses) for losses in of.values())))
     table = np.array([[np.nan if losses[step] is None else losses[step] for step in steps] for losses in of.values()])
@@ -119,7 +121,7 @@ def _time(figure, results: list[dict]) -> None:
     low, high = (np.array([result["step_seconds"][name] for result in results]) for name in ("p10", "p90"))
     left.errorbar(middle, places, xerr=[middle - low, high - middle], fmt="o", color="#4477aa", capsize=3)
     left.set_xlim(0, None)
-    left.set_xlabel("seconds a step: median, p10 to p90")
+    left.set_xlabel("seconds per step: median, p10 to p90")
     right.barh(places, [result["tokens_per_second"] for result in results], color="#4477aa")
     right.set_xlabel("tokens per second, all devices")
     left.set_yticks(places, names)

@@ -148,7 +148,7 @@ def _steps(results: list[dict], asked: int) -> str:
 def _told(trial: Trial) -> str:
     summary = kept.summary(trial)
     loss = "not finite" if summary["train_loss"] is None else f"{summary['train_loss']:.4f}"
-    return f"loss {loss}, {summary['step_seconds']:.3g} s a step, {summary['tokens_per_second']:,.0f} tokens/s"
+    return f"loss {loss}, {summary['step_seconds']:.3g} s per step, {summary['tokens_per_second']:,.0f} tokens/s"
 
 
 def _can_draw() -> bool:

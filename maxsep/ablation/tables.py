@@ -80,7 +80,7 @@ def all_tables(results: list[dict], failed: dict[str, str], simulated: bool) -> 
 
 def _runs(results: list[dict], failed: dict[str, str], simulated: bool) -> Table:
     scaling = efficiency(results)
-    head = ["run", "devices", "loss", "held-out", "s a step", "p10–p90", "tokens/s", "a device", "MFU", "dropped"]
+    head = ["run", "devices", "loss", "held-out", "s per step", "p10–p90", "tokens/s", "per device", "MFU", "dropped"]
     rows = []
     for result in results:
         step = result["step_seconds"]
@@ -93,14 +93,14 @@ def _runs(results: list[dict], failed: dict[str, str], simulated: bool) -> Table
     if scaling:
         head.append("scaling efficiency")
     rows += [[name, f"failed: {why}"] for name, why in failed.items()]
-    notes = ["Losses in nats a token, of the last step's batch and of the held-out text."]
+    notes = ["Losses in nats per token, of the last step's batch and of the held-out text."]
     if simulated:
         notes.append("Devices are simulated: they share this machine's cores. Times say nothing about accelerators.")
         if scaling:
             notes.append("Nor does scaling efficiency: more simulated devices share the same cores.")
     if scaling:
         notes.append(
-            "Scaling efficiency: tokens/s a device over those of the same layout on 4 devices (or its fewest)."
+            "Scaling efficiency: tokens/s per device over those of the same layout on 4 devices (or its fewest)."
         )
     return Table("Runs", head, rows, notes)
 
@@ -133,7 +133,7 @@ def _memory(results: list[dict]) -> Table:
         "Weights and optimizer state from the arrays; all else is what the compiler's plan has live at the peak.",
         "All else: batch, results, constants, the optimizer's work, gaps.",
     ]
-    return Table("Memory: MB a device at the peak", ["run", *KINDS.values(), "total"], rows, notes)
+    return Table("Memory: MB per device at the peak", ["run", *KINDS.values(), "total"], rows, notes)
 
 
 def _products(results: list[dict]) -> Table:
@@ -146,7 +146,7 @@ def _products(results: list[dict]) -> Table:
     note = (
         "What the program computes beyond the model's need: keys after a query, empty places of experts, recomputation."
     )
-    return Table("Matrix products: GFLOP a device and step", head, rows, [note])
+    return Table("Matrix products: GFLOP per device and step", head, rows, [note])
 
 
 def _known(results: list[dict], key: str, cells: Callable[[dict], list[str]], unknown: str) -> list[list[str]]:
@@ -169,7 +169,7 @@ def _performance(chosen: dict[str, dict]) -> Table:
 
     metrics = {
         "TPOT, ms/token": (lambda r: None if tpot(r) is None else tpot(r) * 1e3, ".2f"),
-        "TPS, tokens/s a device": (lambda r: r["tokens_per_second_per_device"], ",.1f"),
+        "TPS, tokens/s per device": (lambda r: r["tokens_per_second_per_device"], ",.1f"),
         "throughput, tokens/s": (lambda r: r["tokens_per_second"], ",.0f"),
         "MFU, %": (lambda r: None if r["mfu"] is None else r["mfu"] * 100, ".1f"),
         "memory bandwidth used in decoding, %": (bandwidth, ".1f"),
@@ -220,7 +220,7 @@ def _study_memory(chosen: dict[str, dict]) -> Table:
     found = [memory(result) if result["memory"] else None for result in chosen.values()]
     rows = [[name, *(NOT_HERE if of is None else _mega(of[kind]) for of in found)] for kind, name in KINDS.items()]
     rows.append(["total", *(NOT_HERE if of is None else _mega(sum(of.values())) for of in found)])
-    return Table("The study's table: memory a device, MB", ["kind", *_study_head(chosen)], rows, [])
+    return Table("The study's table: memory per device, MB", ["kind", *_study_head(chosen)], rows, [])
 
 
 def _lengths(chosen: dict[str, dict]) -> Table:
@@ -259,8 +259,8 @@ def _lists(chosen: dict[str, dict], results: list[dict]) -> Table:
         "steps to the last loss": lambda r: str(r["steps"][-1]),
         "seconds to the last loss": lambda r: f"{r['step_seconds']['median'] * r['steps'][-1]:.1f}",
         "predicted speed-up": lambda r: NOT_HERE,
-        "energy a token, mJ": lambda r: NOT_HERE,
-        "power usage effectiveness; CO2 a token": lambda r: NOT_HERE,
+        "energy per token, mJ": lambda r: NOT_HERE,
+        "power usage effectiveness; CO2 per token": lambda r: NOT_HERE,
     }
     rows = [[name, *(of(result) for result in chosen.values())] for name, of in metrics.items()]
     notes = [

@@ -23,7 +23,7 @@ def define(values: flags.FlagValues) -> None:
     """The flags of a command that runs on several processes."""
     process.define(values)
     flags.DEFINE_float(
-        "join_seconds", 300.0, "until a process counts as missing", lower_bound=0.001, flag_values=values
+        "join_seconds", 300.0, "seconds to wait for the other processes", lower_bound=0.001, flag_values=values
     )
 
 
@@ -57,7 +57,7 @@ def joined(args: cli.Args, folder: Path | None) -> Iterator[Job]:
             yield job
             job.at("ending")
         except KeyboardInterrupt as e:
-            what = f"stopped while {job.doing.phase}; the same command goes on from what is saved"
+            what = f"stopped while {job.doing.phase}; the same command resumes from what is saved"
             error = cli.Exit(cli.STOPPED, f"{e or 'SIGINT'}: {what}")
         except Exception as e:
             error = e

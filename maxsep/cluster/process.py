@@ -40,7 +40,7 @@ def define(values: flags.FlagValues) -> None:
     def integer(name, text):
         flags.DEFINE_integer(name, None, text, flag_values=values)
 
-    flags.DEFINE_string("coordinator", None, "HOST:PORT that process 0 takes, where several run", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, in a job of several", flag_values=values)
     integer("num_processes", "processes of this job (default: what Slurm, Open MPI or Kubernetes say, else 1)")
     integer("process_id", "number of this process, from 0")
 

@@ -127,7 +127,7 @@ def expanded(argv: Sequence[str]) -> list[str]:
     try:
         return [*argv[:1], *flags.FlagValues().read_flags_from_files(list(argv[1:]))]
     except flags.Error as e:
-        raise ConfigError(f"--flagfile: {e}; takes a file of flags, one a line") from e
+        raise ConfigError(f"--flagfile: {e}; takes a file of flags, one per line") from e
 
 
 def answer(error: BaseException) -> int:

@@ -40,10 +40,10 @@ class ConfigError(ValueError):
 class MeshConfig:
     """Sizes of the device mesh's axes; their product is the number of devices."""
 
-    stage: int = 1  # stages of a pipeline (pp, tp_pp, or l=stage in a row of one's own); a further axis for zero
-    attention: int = 1  # devices that share one sequence: heads in attention, positions between blocks
-    expert: int = 1  # devices that share one set of experts, and the batch
-    inner: str = "auto"  # axis inside a node: attention, expert, auto (with which less is sent from node to node)
+    stage: int = 1  # pipeline stages (pp, tp_pp, or l=stage in your own row); a third axis for zero
+    attention: int = 1  # devices per sequence: they split heads in attention, and positions between blocks
+    expert: int = 1  # devices that split the experts, and the batch (expert parallelism)
+    inner: str = "auto"  # mesh axis inside a node: attention, expert, auto (sends the least between nodes)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -63,86 +63,86 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 16  # sequences an optimizer step, over all devices and micro-batches
-    accumulation: int = 1  # micro-batches a step, batch_size / accumulation sequences each; at least as many as stages
-    seed: int = 0  # initial weights, data order, expert dropout
+    steps: int = 1000  # optimizer steps in all
+    batch_size: int = 16  # sequences per optimizer step (global batch size)
+    accumulation: int = 1  # micro-batches per optimizer step (gradient accumulation); at least as many as stages
+    seed: int = 0  # seeds initial weights, data order and expert dropout
     log_every: int = 10  # steps between rows of metrics.jsonl; 0: only at the end
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end
-    init_from: str | None = None  # workdir whose latest parameters to start from, with a fresh optimizer
-    profile: str | None = None  # "FIRST:LAST" steps to record with jax.profiler
-    nonfinite_limit: int = 10  # non-finite steps in a row that are skipped before the run rolls back, or halts
-    rollbacks: int = 1  # times a run goes back to its latest good checkpoint, and past the data, before it halts
-    heartbeat_seconds: float = 30.0  # without a word from a process, after which a run of several processes ends
-    watchdog_seconds: float = 600.0  # without the end of a step, or a save, after which the run ends; compiling is free
-    deterministic: bool = False  # GPU: only kernels that repeat to the bit (slower)
+    init_from: str | None = None  # run whose latest weights to start from, with a fresh optimizer
+    profile: str | None = None  # steps to record with jax.profiler, as "10:12" (first:last)
+    nonfinite_limit: int = 10  # consecutive skipped steps (loss or gradients not finite) before a rollback, or a halt
+    rollbacks: int = 1  # times a run returns to its latest good checkpoint and skips the data since, before it halts
+    heartbeat_seconds: float = 30.0  # several processes: the job ends if one is silent for this long
+    watchdog_seconds: float = 600.0  # several processes: the job ends if no step or save ends for this long
+    deterministic: bool = False  # GPUs: use only kernels that repeat bit for bit (slower)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with a linear warm-up and a cosine decay."""
 
-    learning_rate: float = 1e-3  # peak
-    warmup_steps: int = 100  # steps of the linear warm-up from 0
-    decay_steps: int | None = None  # step at which the cosine ends; None: train.steps when the run first started
-    final_fraction: float = 0.1  # learning rate after the cosine, as a share of the peak
-    b1: float = 0.9  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of squared gradients
-    eps: float = 1e-8  # added to the root of the latter
-    weight_decay: float = 0.1  # on matrices; never on norms
-    clip_norm: float = 1.0  # largest global gradient norm
-    zero1: bool = False  # split the optimizer state over the mesh axes that replicate the parameters
+    learning_rate: float = 1e-3  # peak learning rate
+    warmup_steps: int = 100  # steps of linear warm-up; 0: the first step has the peak rate
+    decay_steps: int | None = None  # step at which the cosine decay ends; default: train.steps of the first start
+    final_fraction: float = 0.1  # learning rate after the decay, as a fraction of the peak (min_lr_ratio)
+    b1: float = 0.9  # Adam's beta1, decay of the first moment
+    b2: float = 0.95  # Adam's beta2, decay of the second moment
+    eps: float = 1e-8  # Adam's epsilon
+    weight_decay: float = 0.1  # decoupled weight decay of matrices; norms have none
+    clip_norm: float = 1.0  # clip gradients to this global norm (max_grad_norm)
+    zero1: bool = False  # ZeRO-1: shard the optimizer state over mesh axes that replicate the weights
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "docstrings"  # docstrings, tfds, files
+    source: str = "docstrings"  # where text comes from: docstrings, tfds, files
     path: str | None = None  # tfds: data_dir or prepared version; files: a glob of .jsonl, .txt, compressed or not
-    name: str | None = None  # tfds: dataset under path, as c4/en or c4/en:3.1.0; None: path is the prepared version
-    split: str | None = None  # training split, as train[:90%]; None: train less what is held out
-    eval_split: str | None = None  # held-out split; None: validation where there is one, else the last 10 % of train
-    sequence_length: int = 1024  # tokens
+    name: str | None = None  # tfds: dataset below path, as c4/en or c4/en:3.1.0; default: path is a prepared version
+    split: str | None = None  # training split, as train[:90%]; default: all that is not held out
+    eval_split: str | None = None  # held-out split; default: validation if there is one, else the last 10 % of train
+    sequence_length: int = 1024  # tokens per sequence (context length)
     tokenizer: str = "gpt2"  # gpt2, gpt2:N (its first N ids), bytes, ids:N[:END] (numbers), a tokenizer.json's path
-    begin_prompts: bool = False  # begin prompts and texts to score as the tokenizer.json begins one; training does not
-    cross_document_attention: bool = True  # may a token attend to earlier documents of its sequence
+    begin_prompts: bool = False  # begin prompts and scored texts as the tokenizer.json does (add_bos_token)
+    cross_document_attention: bool = True  # let tokens attend to earlier documents in their sequence
     max_tokens: int | None = None  # prepare at most this many training tokens
     eval_max_tokens: int | None = None  # prepare at most this many held-out tokens
-    cache: str | None = None  # folder of prepared records; None: maxsep under the user's cache folder
+    cache: str | None = None  # folder of prepared records; default: maxsep in the user's cache folder
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A pre-norm decoder, every layer with attention and a Mixture of Experts."""
 
-    layers: int = 4  # blocks of attention and experts
-    d_model: int = 256  # size of the residual stream
-    heads: int = 8  # query heads
-    kv_heads: int | None = None  # key/value heads; None: as many as heads
-    head_dim: int | None = None  # None: d_model / heads
+    layers: int = 4  # transformer blocks (num_hidden_layers)
+    d_model: int = 256  # width of the residual stream (hidden_size)
+    heads: int = 8  # query heads (num_attention_heads)
+    kv_heads: int | None = None  # key/value heads (GQA, num_key_value_heads); default: as many as heads
+    head_dim: int | None = None  # size of a head; default: d_model / heads
     qk_norm: str = "none"  # RMS norm of queries and keys: none, head (each head by itself), all (over all heads)
-    clip_qkv: float | None = None  # queries, keys and values are cut to this size; None: they are not
-    experts: int = 16  # a layer
-    top_k: int = 2  # experts a token; 1 with normalize_top_k: its weight is 1, only auxiliary losses train the router
-    normalize_top_k: bool = True  # the weights of a token's experts sum to 1; else they are their shares of all experts
-    d_ff: int = 512  # hidden size of an expert
-    vocab_size: int = 50_257  # rows of the embedding that stand for an id; padded for sharding only
-    mask_unused_ids: bool = True  # rows that the tokenizer has no id for get no probability; else each row has one
-    activation: str = "swiglu"  # swiglu (three matrices an expert), gelu (two)
-    capacity_factor: float | None = None  # places an expert has, over a balanced load; None: dropless
-    capacity_group: int | None = None  # consecutive tokens over which capacity counts; None: a device's tokens
-    exchange_factor: float = 1.5  # dropless: room for rows to another device, over a balanced load; the rest follows
-    expert_dropout: float = 0.0  # share of an expert's output features dropped in training
-    load_balancing_coefficient: float = 0.01  # weight of that loss in the total
-    router_z_coefficient: float = 0.001  # weight of that loss in the total
-    rope_theta: float = 10_000.0  # base of the rotary positions
-    norm_eps: float = 1e-5  # added to the mean square
-    tied_embedding: bool = False  # one matrix for embedding and output head
-    scan_layers: bool = True  # one compiled layer in a loop (quick to compile), or each its own (faster on CPU)
-    remat: str = "none"  # what the backward pass recomputes: none, full (each block), dots (no products, nothing sent)
+    clip_qkv: float | None = None  # clip queries, keys and values to ± this value; default: off
+    experts: int = 16  # experts per layer (num_experts, num_local_experts)
+    top_k: int = 2  # experts per token (num_experts_per_tok); 1 and normalized: only auxiliary losses train routers
+    normalize_top_k: bool = True  # scale the weights of a token's experts to sum to 1 (norm_topk_prob)
+    d_ff: int = 512  # hidden size of an expert (moe_intermediate_size)
+    vocab_size: int = 50_257  # rows of the embedding that stand for an id; more rows only pad it for sharding
+    mask_unused_ids: bool = True  # give ids that the tokenizer lacks no probability
+    activation: str = "swiglu"  # swiglu (three matrices per expert) or gelu (two)
+    capacity_factor: float | None = None  # slots per expert, relative to a balanced load; default: dropless
+    capacity_group: int | None = None  # consecutive tokens that share a capacity; default: the tokens of a device
+    exchange_factor: float = 1.5  # dropless: rows per all-to-all, relative to a balanced load; others take more rounds
+    expert_dropout: float = 0.0  # dropout rate of experts' outputs in training
+    load_balancing_coefficient: float = 0.01  # weight of the load-balancing loss (router_aux_loss_coef)
+    router_z_coefficient: float = 0.001  # weight of the router's z-loss (router_z_loss_coef)
+    rope_theta: float = 10_000.0  # base of the rotary position embedding
+    norm_eps: float = 1e-5  # epsilon of the RMS norms (rms_norm_eps)
+    tied_embedding: bool = False  # share one matrix between embedding and output head (tie_word_embeddings)
+    scan_layers: bool = True  # compile one layer and loop over it (compiles faster); False: unroll (faster on CPUs)
+    remat: str = "none"  # recomputed in the backward pass: none, full (every block), dots (all but products)
     attention_kernel: str = "auto"  # auto, xla, cudnn (NVIDIA GPUs, bfloat16)
-    dtype: str = "float32"  # of the computation: float32, bfloat16 (both with float32 weights), float64
-    float32_precision: str = "highest"  # of float32 products: highest, tf32 (NVIDIA GPUs: faster, 10 bits of fraction)
+    dtype: str = "float32"  # type of activations and products: float32, bfloat16 (both with float32 weights), float64
+    float32_precision: str = "highest"  # float32 products: highest, tf32 (NVIDIA GPUs: faster, 10 bits of mantissa)
 
     @property
     def products(self) -> str:
@@ -177,8 +177,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "base"  # names the run's default workdir, runs/NAME
-    layout: str = "ma"  # what each mesh axis splits: ma, ma_folded, tp, pp, tp_pp, zero, or your row (docs/layouts.md)
+    name: str = "base"  # run name; the default workdir is runs/NAME
+    layout: str = "ma"  # what mesh axes split: ma, ma_folded, tp, pp, tp_pp, zero, or your row (docs/layouts.md)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

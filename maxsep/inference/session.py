@@ -93,7 +93,7 @@ class Session:
             "new tokens": f"{tokens}; {sum(completion.ended for completion in done)} reached the end of a text",
             "TTFT": _spread([completion.first for completion in done]),
             "TPOT": _spread([completion.tpot_seconds for completion in done if completion.tpot_seconds is not None]),
-            "speed": f"{tokens / seconds:,.1f} tokens/s, {tokens / seconds / self.mesh.size:,.1f} a device",
+            "speed": f"{tokens / seconds:,.1f} tokens/s, {tokens / seconds / self.mesh.size:,.1f} per device",
             "compiled in": f"{compiling:.1f} s, not counted above",
         }
         if full:

@@ -29,7 +29,7 @@ def prompts(given: Sequence[str], file: str | None, tokenizer, context: int) -> 
         found, name = _of_file(file), f"--prompts: {file}"
     else:
         if sys.stdin.isatty():
-            print("prompts, one a line, then the end of the input (Ctrl-D):", flush=True)
+            print("prompts, one per line, then the end of the input (Ctrl-D):", flush=True)
         found, name = _decoded(sys.stdin.buffer.read(), "standard input").splitlines(), "standard input"
     if not found:
         raise ConfigError(f"{name}: has no prompt; takes at least one")
@@ -106,7 +106,7 @@ def _fits(where: str, ids: list[int], context: int, more: int = 0) -> None:
 def _of_file(file: str) -> list[str | list]:
     suffix = Path(file).suffix
     if suffix not in (".txt", ".jsonl"):
-        raise ConfigError(f"--prompts: got {file}; takes a .txt file (a prompt a line) or a .jsonl file")
+        raise ConfigError(f"--prompts: got {file}; takes a .txt file (a prompt per line) or a .jsonl file")
     lines = _lines(file, "--prompts")
     if suffix == ".txt":
         return lines

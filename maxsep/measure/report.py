@@ -31,7 +31,7 @@ def train(results: list[dict]) -> str:
     if ours.get("memory"):
         lines += [
             "",
-            "MB a device, by the compiler: " + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in ours["memory"].items()),
+            "MB per device, by the compiler: " + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in ours["memory"].items()),
         ]
     if any((result.get("other_cpu") or 0) > QUIET for result in results):
         lines += ["", f"warning: other processes kept more than {QUIET} cores busy; these figures say little"]
@@ -46,7 +46,19 @@ def train(results: list[dict]) -> str:
 def decode(results: list[dict]) -> str:
     """The figures of decoding as a table."""
     rows = [
-        ("system", "batch", "context", "TTFT ms", "TPOT ms", "p50", "p99", "tokens/s", "a device", "of floor", "cores")
+        (
+            "system",
+            "batch",
+            "context",
+            "TTFT ms",
+            "TPOT ms",
+            "p50",
+            "p99",
+            "tokens/s",
+            "per device",
+            "of floor",
+            "cores",
+        )
     ]
     for result in results:
         if "error" in result:

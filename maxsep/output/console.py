@@ -45,7 +45,7 @@ def _print(printing: Callable[[], None]) -> None:
         told, _lost = _lost is not None, error
         if not told and not unread():
             with contextlib.suppress(OSError):
-                why = f"warning: standard output cannot be written ({error.strerror}); the run goes on in silence"
+                why = f"warning: standard output cannot be written ({error.strerror}); the run continues in silence"
                 print(why, file=sys.stderr, flush=True)
 
 

@@ -97,7 +97,7 @@ class Loop:
         error = self.rows_error or self.save_error
         if self.asked and (at.step < steps or self.cut_off) and not error:
             after = f"in the evaluation after step {at.step}" if self.cut_off else f"after step {at.step}"
-            raise cli.Exit(cli.STOPPED, f"{self.asked}: stopped {after}, saved; the same command goes on from there")
+            raise cli.Exit(cli.STOPPED, f"{self.asked}: stopped {after}, saved; the same command resumes from there")
         if error:
             what = f"the last save failed; see above. {self.folder} has the one before it"
             raise cli.Exit(cli.SAVE_FAILED, what) from error

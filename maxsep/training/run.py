@@ -121,7 +121,7 @@ class Run:
         stop: Callable[[], bool] = lambda: False,
         waiting: Callable[[], AbstractContextManager] = nullcontext,
     ) -> dict[str, float] | None:
-        """Held-out loss, nats a token, every token counted once; its perplexity; the seconds it took.
+        """Held-out loss, nats per token, every token counted once; its perplexity; the seconds it took.
 
         None where `stop`, asked after each batch, says to give up. While devices are waited for, `waiting` is entered.
         """
@@ -188,7 +188,7 @@ class Run:
             "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
             f"top {model.top_k}, {capacity}, {model.dtype}{precision}",
             "parameters": f"{model.parameters:,}",
-            "state a device": ", ".join(f"{kind} {_size(count)}" for kind, count in state.items()),
+            "state per device": ", ".join(f"{kind} {_size(count)}" for kind, count in state.items()),
             **({"XLA on GPUs": of_gpus()} if devices[0].platform == "gpu" else {}),
             "attention kernel": self.program.kernel,
             **({} if model.capacity_factor else {"experts": experts.described(model, self.program.layout.platform)}),

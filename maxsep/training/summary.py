@@ -35,7 +35,7 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> Non
             {
                 **held_out(_number(summary["eval_loss"]), corpus),
                 "train loss": f"{_number(summary['train_loss']):.4f} nats/token",
-                "speed": f"{tokens:,.0f} tokens/s, {seconds:.3f} s a step, MFU {mfu}",
+                "speed": f"{tokens:,.0f} tokens/s, {seconds:.3f} s per step, MFU {mfu}",
                 "time": f"{_number(summary['seconds']):.0f} s",
                 "written": f"{folder}: checkpoints/, metrics.jsonl, summary.json, tensorboard/",
             },

@@ -60,7 +60,9 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             lock.take()
             if not resuming and (folder / "config.json").exists():
-                raise ConfigError(f"--workdir: another job has just begun a run in {folder}; the same command goes on")
+                raise ConfigError(
+                    f"--workdir: another job has just begun a run in {folder}; the same command resumes it"
+                )
             workdir.check_shared(folder, job)
             checkpoints = stack.enter_context(Checkpoints(folder / workdir.CHECKPOINTS, job=job, seconds=seconds))
             if saved:
@@ -81,10 +83,10 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
         except OSError as e:
             raise ConfigError(f"--workdir: cannot write to {folder}: {e.strerror}") from e
         if finished:
-            console.say(f"this run has finished its {at.step} steps; with more --config.train.steps it goes on")
+            console.say(f"this run has finished its {at.step} steps; it resumes with more --config.train.steps")
         else:
             if saved:
-                console.say(f"going on from step {at.step} in {folder}")
+                console.say(f"resuming from step {at.step} in {folder}")
                 if config.train.profile and int(config.train.profile.partition(":")[2]) <= at.step:
                     console.say(f"train.profile: steps {config.train.profile} are done; nothing is recorded")
             for warning in optimizer.warnings(config, at.step):

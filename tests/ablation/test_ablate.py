@@ -159,7 +159,7 @@ def test_cut_off_it_goes_on_and_a_run_that_fails_does_not_stop_it(data, tmp_path
     ablation.send_signal(signal.SIGTERM)
     out, _ = ablation.communicate(timeout=kill.LIMIT)
     assert ablation.returncode == cli.STOPPED, out
-    assert out.splitlines()[-1] == "error: SIGTERM: stopped; the same command goes on from there"
+    assert out.splitlines()[-1] == "error: SIGTERM: stopped; the same command resumes from there"
     assert "not run yet: zero:1x2" in (folder / "ablation.md").read_text()
     assert running(str(folder)) == []
 

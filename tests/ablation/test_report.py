@@ -41,11 +41,11 @@ def test_the_studys_tables_have_its_metrics(tmp_path):
     assert table(markdown, "The study's table: TPOT by length, ms")["128"] == ["12.80"] * 3 + ["6.40", "+50.0%"]
     shares = table(markdown, "The study's table: communication, share of a step")
     assert shares["attention all-reduce"] == ["25.0%"] * 4 and shares["total"] == ["25.0%"] * 4
-    memory = table(markdown, "The study's table: memory a device, MB")
+    memory = table(markdown, "The study's table: memory per device, MB")
     assert (memory["weights"], memory["total"]) == (["4"] * 4, ["20"] * 4)
     assert table(markdown, "Matrix products")["zero:4x4"] == ["3", "2", "1.50"]
     lists = table(markdown, "The study's lists: scaling, load, quality, energy")
-    assert lists["energy a token, mJ"] == ["not measured here"] * 4 and "nvidia-smi" in markdown
+    assert lists["energy per token, mJ"] == ["not measured here"] * 4 and "nvidia-smi" in markdown
     assert lists["least and most used expert"] == ["20.00%, 60.00%"] * 4
     assert json.loads(data)["agreement"]["apart"] == []
 
@@ -55,7 +55,7 @@ def test_what_was_not_measured_says_so_with_the_command(tmp_path):
     markdown, _, _ = written(tmp_path, [result(name, device_kind="NVIDIA", **unknown) for name in NAMES])
     assert table(markdown, "The study's table: performance")["TPOT, ms/token"][:4] == ["not measured here"] * 4
     assert "the same command with `--decode` measures decoding" in markdown
-    assert table(markdown, "The study's table: memory a device, MB")["total"] == ["not measured here"] * 4
+    assert table(markdown, "The study's table: memory per device, MB")["total"] == ["not measured here"] * 4
     assert table(markdown, "Runs")["ma:4x4"][-2] == "unknown"
     assert "simulated" not in markdown
 

@@ -358,7 +358,7 @@ def test_help_lists_flags_fields_and_the_values_of_the_config(capsys):
     assert text.startswith("Trains a Mixture-of-Experts transformer")
     assert "--mode=train|eval" in text
     assert "--config.mesh.attention=4 " in text
-    assert "experts a token" in text
+    assert "experts per token" in text
     assert (
         cli.run(train.main, **TRAIN, argv=["train.py", "--help", f"--config={REPOSITORY / 'configs' / 'seed.py'}"]) == 0
     )

@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_taken(call, finis
     assert (status, err) == (cli.DONE, "") and told in out and "step 2\n" in out
     assert snapshot(workdir) == before
     status, out, err = call(workdir, train__checkpoint_every=2)
-    assert (status, err) == (cli.DONE, "") and told in out and f"going on from step 2 in {workdir}" in out
+    assert (status, err) == (cli.DONE, "") and told in out and f"resuming from step 2 in {workdir}" in out
     assert (kill.figures(workdir), kill.state(workdir)) == whole
     assert len(list((workdir / "checkpoints" / "damaged").iterdir())) == 1
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(call, finished, mon
     monkeypatch.setattr(faults, "PAUSES", (0.0, 0.0))
     left[0] = 3
     status, out, _ = call(finished, train__steps=6)
-    assert status == cli.DONE and "; trying again for 60 s\n" in out and "going on from step 4" in out
+    assert status == cli.DONE and "; trying again for 60 s\n" in out and "resuming from step 4" in out
 
 
 def test_a_record_that_cannot_be_read_ends_the_run_to_be_started_again(call, finished_run, workdir, monkeypatch):

@@ -167,7 +167,7 @@ def test_killed_and_restarted_on_another_mesh(tmp_path, moved, mesh):
     flags, whole, killed = moved
     run = shutil.copytree(killed, tmp_path / "run")
     printed = kill.train(run, *flags, f"--config.mesh.attention={mesh[0]}", f"--config.mesh.expert={mesh[1]}")
-    assert any(line.startswith("going on from step ") for line in printed)
+    assert any(line.startswith("resuming from step ") for line in printed)
     whole, run = ({at: row["loss"] for at, row in kill.figures(folder).items()} for folder in (whole, run))
     assert run == pytest.approx(whole, rel=1e-12)
     assert whole[24, "train"] < whole[1, "train"] - 1

@@ -65,7 +65,7 @@ def test_a_signal_ends_the_run_after_its_step(call, workdir, finished_run, monke
     assert status == cli.STOPPED and signal.getsignal(number) == handler
     (saved,) = checkpoints(workdir)
     name = signal.Signals(number).name
-    assert err == f"error: {name}: stopped after step {saved}, saved; the same command goes on from there\n"
+    assert err == f"error: {name}: stopped after step {saved}, saved; the same command resumes from there\n"
     assert saved == 2 and max(steps(workdir, "train")) == saved
     before = snapshot(workdir)
     status, _, err = call(workdir, train__steps=saved - 1)  # it has no result there
@@ -92,7 +92,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
         at_step(patched, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
         status, out, err = call(workdir, train__eval_every=every, train__log_every=every)
     assert status == cli.STOPPED and "evaluating on" in out
-    expected = f"SIGTERM: stopped in the evaluation after step {step}, saved; the same command goes on from there"
+    expected = f"SIGTERM: stopped in the evaluation after step {step}, saved; the same command resumes from there"
     assert err == f"error: {expected}\n"
     assert (checkpoints(workdir), steps(workdir, "eval")) == ([step], [])
     assert not (workdir / "summary.json").exists()
@@ -165,10 +165,10 @@ def test_output_that_nobody_takes(call, workdir, finished_run, tmp_path, monkeyp
     if eof:
         assert status == cli.STOPPED
         (saved,) = checkpoints(workdir)
-        assert err == f"error: SIGPIPE: stopped after step {saved}, saved; the same command goes on from there\n"
+        assert err == f"error: SIGPIPE: stopped after step {saved}, saved; the same command resumes from there\n"
         assert call(workdir)[0] == cli.DONE
     else:
-        told = "warning: standard output cannot be written (No space left on device); the run goes on in silence\n"
+        told = "warning: standard output cannot be written (No space left on device); the run continues in silence\n"
         assert (status, err) == (cli.DONE, told)
     assert kill.state(workdir) == kill.state(finished_run)
     assert (workdir / "summary.json").exists()

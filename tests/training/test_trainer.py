@@ -63,7 +63,7 @@ def test_a_finished_run_says_so(call, finished):
     (finished / "summary.json").write_text(json.dumps(summary | {"steps": 2}))  # killed when it had run on to 4
     status, out, err = call(finished)
     assert (status, err) == (cli.DONE, "")
-    assert "this run has finished its 4 steps; with more --config.train.steps it goes on\n" in out
+    assert "this run has finished its 4 steps; it resumes with more --config.train.steps\n" in out
     assert "compiling" not in out
     assert (kill.figures(finished), kill.state(finished), checkpoints(finished)) == before
     assert json.loads((finished / "summary.json").read_text()) == summary | {"seconds": None}
@@ -74,7 +74,7 @@ def test_a_finished_run_says_so(call, finished):
 def test_with_more_steps_it_goes_on_with_its_schedule(call, finished, workdir):
     """As if it had never stopped, with other intervals too."""
     status, out, _ = call(finished, train__steps=6, train__eval_every=1)
-    assert status == cli.DONE and f"going on from step 4 in {finished}\n" in out
+    assert status == cli.DONE and f"resuming from step 4 in {finished}\n" in out
     assert (steps(finished, "train"), steps(finished, "eval")) == ([1, 2, 3, 4, 5, 6], [4, 5, 6])
     rates = [row["learning_rate"] for (_, split), row in kill.figures(finished).items() if split == "train"]
     assert rates[4:] == pytest.approx([1e-3, 1e-3])  # a tenth of the peak, since step 4
@@ -136,7 +136,7 @@ def test_a_tokenizer_may_move_but_not_change(call, workdir, tmp_path):
         assert (status, err) == (cli.USER_ERROR, refused)
         assert snapshot(workdir) == before
     status, out, err = call(workdir, data__tokenizer=moved, train__steps=6)
-    assert status == cli.DONE and "going on from step 4" in out, err
+    assert status == cli.DONE and "resuming from step 4" in out, err
 
 
 @pytest.mark.parametrize(("attention", "expert"), [(1, 1), (2, 2)])
