@@ -61,7 +61,7 @@ def why(log: Path, status: int) -> str:
         return f"{said} (status {status})"
     killed = f"killed by {signal.Signals(-status).name}"
     if -status == signal.SIGKILL:
-        killed += ", as the system does where memory runs out"
+        killed += " (out of memory?)"
     return f"{said} ({killed})" if errors else f"{killed}; the last that it said: {said}"
 
 

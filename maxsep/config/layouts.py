@@ -68,7 +68,7 @@ def row(layout: str) -> dict[str, tuple[str, ...]]:
 def _parsed(text: str) -> dict[str, tuple[str, ...]]:
     axes: dict[str, tuple[str, ...]] = {}
     if "=" not in text:
-        raise _error(text, f"{', '.join(LAYOUTS)}, or a row of one's own, as '{LAYOUTS['ma']}'")
+        raise _error(text, f"{', '.join(LAYOUTS)}, or a row of your own, as '{LAYOUTS['ma']}'")
     for part in text.split():
         letter, _, names = part.partition("=")
         if letter not in LETTERS:

@@ -183,7 +183,7 @@ def _mesh(config: Config, training: bool) -> None:
     for axis, size in sizes.items():
         takes = f"1, as layout {config.layout} splits no work over it"
         if axis == "stage":
-            takes += " (pp, tp_pp, and rows of one's own with l=stage split layers)"
+            takes += " (pp, tp_pp, and your own rows with l=stage split layers)"
         _need(size == 1 or axis in working, f"mesh.{axis}", size, takes)
     _divide(config.layout, row, sizes, dimensions)
     kv_heads, parts = model.n_kv_heads, ways("h")

@@ -172,9 +172,7 @@ def _slices(field: str, split: str) -> tuple[intervals.Interval, ...]:
         match = re.fullmatch(r"train(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", term.strip())
         a, b = (int(match[1] or 0), int(match[2] or 100)) if match else (0, 0)
         if not 0 <= a < b <= 100:
-            raise ConfigError(
-                f"{field}: got {split}; takes train or slices of it, as train[:90%], where files are read"
-            )
+            raise ConfigError(f"{field}: got {split}; takes train or slices of it, as train[:90%], of files")
         slices.append((a / 100, b / 100))
     return intervals.once(slices)
 

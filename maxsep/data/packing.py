@@ -136,7 +136,7 @@ class _TokenFiles:
             while ahead:
                 yield self._result(*ahead.popleft())
         except concurrent.futures.BrokenExecutor:
-            why = "one of them was killed, as the system does where memory runs out"
+            why = "one of them was killed (out of memory?)"
             kept = "what is finished is kept"
             raise cli.Exit(cli.USER_ERROR, f"--workers: got {workers}, but {why}; takes fewer ({kept})") from None
         finally:

@@ -80,7 +80,7 @@ class Preparation:
         self.config, self.log = config, log
         self.tokenizer = tokenizer.of(config)
         if self.tokenizer.end_of_text == NO_END:
-            takes = f"{data.tokenizer}:E, with the id E that ends a text: documents are told apart by it"
+            takes = f"{data.tokenizer}:E, with the id E that ends a text, which separates documents"
             raise ConfigError(f"data.tokenizer: got {data.tokenizer}; takes {takes}")
         self.cache = cache.root(data.cache)
         self.source = sources.find(data, self.cache)

@@ -81,7 +81,7 @@ def _encoded(where: str, text: str, tokenizer) -> list[int]:
     except Unencodable as error:
         raise ConfigError(f"{where}: got {_short(text)}, which the run's tokenizer cannot encode ({error})") from None
     if text and not ids:
-        raise ConfigError(f"{where}: got {_short(text)}, of which the run's tokenizer knows nothing; takes other text")
+        raise ConfigError(f"{where}: got {_short(text)}, which has no token in the run's tokenizer; takes other text")
     if unknown:
         print(f"WARNING: {where}: {tokenizer.lacks(unknown, _short(text))}", file=sys.stderr, flush=True)
     return [*tokenizer.beginning, *ids]
@@ -140,7 +140,7 @@ def _object(line: str, where: str, takes: str) -> dict:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ConfigError(f"{where}: is no JSON ({error}); takes {takes}") from None
+        raise ConfigError(f"{where}: is not JSON ({error}); takes {takes}") from None
     if not isinstance(entry, dict):
         raise ConfigError(f"{where}: got {_short(line)}; takes {takes}")
     return entry

@@ -275,7 +275,7 @@ class Checkpoints:
                 aside.parent.mkdir(exist_ok=True)
                 (self.directory / str(number)).rename(aside)
                 if number in self._damaged:
-                    say(f"warning: it now lies in {aside}; the run saves another one when it comes to step {number}")
+                    say(f"warning: moved to {aside}; the run saves it again at step {number}")
         self.job.agree(None)
         self._losses.forget_after(step)
         self._manager.reload()

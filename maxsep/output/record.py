@@ -164,7 +164,7 @@ def _read(path: Path, what: str) -> dict:
     except FileNotFoundError as e:
         raise Incomplete(f"{path} is missing") from e
     except ValueError as e:
-        raise Incomplete(f"{what} cannot be read: {path} is no JSON ({e})") from e
+        raise Incomplete(f"{what} cannot be read: {path} is not JSON ({e})") from e
     if not isinstance(content, dict) or content.pop("checksum", None) != checksum(content):
         raise Damaged(f"{what}, {path}, does not have the checksum that it was saved with")
     return content

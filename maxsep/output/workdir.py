@@ -120,7 +120,7 @@ def check_not_imported(folder: Path) -> None:
         ConfigError: it is one.
     """
     if (folder / "config.json").exists() and "imported" in read_config(folder)[1]:
-        why = "an imported model: it has no corpus, and no optimizer to go on with"
+        why = "an imported model, without a corpus or an optimizer to resume"
         train = paths.command("train.py", "--workdir=NEW", f"--config.train.init_from={paths.shown(folder)}")
         raise ConfigError(f"--workdir: got {folder}, {why}; takes another folder, as {train}")
 

@@ -147,7 +147,7 @@ class Loop:
         state, _, step = self.checkpoints.restore(self.run.abstract_state, up_to=good)
         self.checkpoints.go_on_from(step)
         self.progress.print(
-            f"{what}; rolled back to step {step}: the data of steps {step + 1} to {at.step} is left out from now on"
+            f"{what}; rolled back to step {step}, and skips the data of steps {step + 1} to {at.step} from now on"
         )
         self.seconds.clear()
         if self.writer is not None:

@@ -107,7 +107,7 @@ def _check_finished(folder: Path, step: int, config: Config) -> bool:
     """
     if not (folder / "metrics.jsonl").exists():
         got = f"{folder} has no metrics.jsonl, which has the figures of the run's {step} steps"
-        raise ConfigError(f"--workdir: {got}; takes it back, or more train.steps to go on without")
+        raise ConfigError(f"--workdir: {got}; takes it back, or more train.steps to resume without it")
     missing = {"train", "eval"} - _logged(folder, step).keys()
     if "train" in missing or (missing and step > config.train.steps):
         least = step + ("train" in missing)

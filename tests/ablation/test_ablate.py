@@ -90,7 +90,7 @@ def test_what_has_finished_is_kept(data, tmp_path, capsys, monkeypatch, quick):
         (
             -signal.SIGKILL,
             "step 2/4  loss 5.1",
-            "killed by SIGKILL, as the system does where memory runs out; the last",
+            "killed by SIGKILL (out of memory?); the last",
         ),
         (-signal.SIGSEGV, "error: not told\nstep 2/4", "not told (killed by SIGSEGV)"),
         (cli.NONFINITE, "error: halted after step 3", "halted after step 3 (status 72)"),

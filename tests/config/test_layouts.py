@@ -42,7 +42,7 @@ IMPOSSIBLE = {
         ["pp", "mesh.stage=2", "train.accumulation=2"],
         "takes mesh.attention=2 or mesh.expert=2, as layout pp splits train.batch_size / train.accumulation (8)",
     ),
-    "stages of ma": (["ma", "mesh.stage=2"], "(pp, tp_pp, and rows of one's own with l=stage split layers)"),
+    "stages of ma": (["ma", "mesh.stage=2"], "(pp, tp_pp, and your own rows with l=stage split layers)"),
     "layers and batch": (["l=stage b=stage+expert"], "layout: got 'l=stage and b=stage+expert'; takes stage in one"),
     "layers and sequence": (["l=attention s=attention h=attention"], "layout: got 'l=attention and s=attention'"),
     "layers and heads": (["l=stage b=expert h=attention+stage"], "layout: got 'l=stage and h=attention+stage'"),

@@ -118,7 +118,7 @@ def test_a_killed_preparation_goes_on(files, tmp_path, monkeypatch, how, status)
         (tmp_path / "signalled").touch()
         stderr = process.stderr.read().decode()
         assert process.wait() == status, stderr
-    assert how == signal.SIGKILL or "goes on from here" in stderr
+    assert how == signal.SIGKILL or "resumes from here" in stderr
     _wait_until_gone(process.pid)
     assert ensure(files, tmp_path / "cache").fingerprint == whole.fingerprint
 
@@ -241,7 +241,7 @@ def dies(part):
 
 
 def test_a_killed_worker_is_one_line(tmp_path):
-    with pytest.raises(cli.Exit, match=r"^--workers: got 2, but one of them was killed, .*takes fewer") as error:
+    with pytest.raises(cli.Exit, match=r"^--workers: got 2, but one of them was killed .*; takes fewer") as error:
         packing.pack(tmp_path, "train", dies, ["a", "b"], "bytes", 16, None, 2, print)
     assert error.value.status == cli.USER_ERROR
 

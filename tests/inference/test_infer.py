@@ -120,7 +120,7 @@ def test_what_a_tokenizer_lacks_is_told(tmp_path, capsys):
     assert texts.to_score(str(file), coder, 32) == [list(b"plain"), [97, 98]]
     told = f"WARNING: --score: {file}:2: 2 pieces of 'aé漢b' have no token and are left out\n"
     assert capsys.readouterr().err == told
-    with pytest.raises(ConfigError, match=r"^--prompt: got 'é', of which the run's tokenizer knows nothing"):
+    with pytest.raises(ConfigError, match=r"^--prompt: got 'é', which has no token in the run's tokenizer"):
         texts.prompts(["é"], None, coder, 32)
     with pytest.raises(ConfigError, match=r"^--prompt: got 'a~', which the run's tokenizer cannot encode \(no tilde\)"):
         texts.prompts(["a~"], None, coder, 32)
@@ -150,7 +150,7 @@ BAD = {
     "file that is no text": (["--workdir=run", "--prompts=binary.txt"], "is not UTF-8"),
     "two sources of prompts": (["--workdir=run", "--prompt=a", "--prompts=empty.txt"], "takes one of the two"),
     "scores of an empty file": (["--workdir=run", "--score=empty.txt"], "--score: empty.txt is empty"),
-    "scores of no JSON": (["--workdir=run", "--score=binary.jsonl"], "--score: binary.jsonl:1: is no JSON"),
+    "scores of no JSON": (["--workdir=run", "--score=binary.jsonl"], "--score: binary.jsonl:1: is not JSON"),
     "id out of range": (
         ["--workdir=run", "--score=ids.jsonl"],
         "got '257' among the tokens; takes integers from 0 to 256",

@@ -146,7 +146,7 @@ def test_a_run_that_goes_on_saves_the_step_again(whole, tmp_path, capsys):
         checkpoints.save(2, filled(abstract(mesh_of(1, 1)), 2), {"position": 20})
         assert (bits(checkpoints.restore(abstract(mesh_of(1, 1))).state), {"position": 20}) == saved[2]
     assert [path.name[:2] for path in (trial / "damaged").iterdir()] == ["2-"]
-    assert "warning: it now lies in " in capsys.readouterr().out
+    assert "warning: moved to " in capsys.readouterr().out
 
 
 def test_another_state_of_the_same_shapes_is_damage(whole, tmp_path, capsys):

@@ -116,10 +116,7 @@ def test_a_layout_that_does_not_compile_or_whose_child_was_killed_is_a_row(plann
     assert status == cli.DONE
     of = {row["layout"]: row for row in json.loads(out.read_text())["layouts"]}
     assert of["tp"]["error"] == "JaxRuntimeError: UNIMPLEMENTED: of this kind"
-    assert (
-        of["zero"]["error"]
-        == "killed by SIGKILL, as the system does where memory runs out; the last that it said: nothing"
-    )
+    assert of["zero"]["error"] == "killed by SIGKILL (out of memory?); the last that it said: nothing"
     assert of["ma_folded"]["error"] == "OSError: no room (status 1)"
     assert of["ma"]["error"] is None and of["ma"]["fits"]
     assert of["tp"].keys() == of["ma"].keys()

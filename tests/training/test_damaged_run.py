@@ -214,7 +214,7 @@ def test_a_run_without_its_rows_says_so(call, finished):
     why = f"{finished} has no metrics.jsonl, which has the figures of the run's 4 steps"
     assert (status, err) == (
         cli.USER_ERROR,
-        f"error: --workdir: {why}; takes it back, or more train.steps to go on without\n",
+        f"error: --workdir: {why}; takes it back, or more train.steps to resume without it\n",
     )
     assert snapshot(finished) == before
     assert call(finished, train__steps=6)[0] == cli.DONE and steps(finished, "train") == [5, 6]

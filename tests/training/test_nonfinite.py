@@ -74,7 +74,7 @@ def test_several_in_a_row_are_rolled_back_and_their_data_left_out(
     back = 4 if every == 1 else 3
     status, out, err = call(workdir, **flags)
     assert (status, err) == (cli.DONE, "")
-    told = f"rolled back to step {back}: the data of steps {back + 1} to 6 is left out from now on"
+    told = f"rolled back to step {back}, and skips the data of steps {back + 1} to 6 from now on"
     assert f"loss or gradients were not finite 2 steps in a row (train.nonfinite_limit); {told}\n" in out
     rows = kill.figures(workdir)
     assert steps(workdir, "train") == [1, 2, 3, 4, 5, 6, 7]
