@@ -43,7 +43,7 @@ def losses(above: Axes, below: Axes, report: dict) -> None:
     """Each run's loss by step, and how far it is from the median of all."""
     found = np.array([run["losses"] for run in report["runs"]])
     steps, median = report["runs"][0]["steps"], np.median(found, axis=0)
-    apart = np.abs(found / median - 1)
+    apart = np.abs(found - median) / median
     for run, of, far in zip(report["runs"], found, apart, strict=True):
         above.plot(steps, of, linewidth=1)
         below.semilogy(steps, np.maximum(far, 1e-17), linewidth=0.8, label=run["name"])

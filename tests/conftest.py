@@ -41,6 +41,27 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+# Files with few and long tests, which come first: a worker that began one last would work alone at the end.
+LONG = (
+    "test_processes",
+    "test_resume",
+    "test_ablate",
+    "test_plan",
+    "test_compilation",
+    "test_layouts",
+    "test_equality",
+    "test_program",
+    "test_step",
+    "test_bench",
+    "test_checkpoint",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 faults.RETRY_SECONDS = 0.0  # tests that plant a fault for a while set their own
 
 
