@@ -62,7 +62,7 @@ def test_the_model_and_its_tokenizer_come_from_the_run(model, trained, tmp_path)
     assert source.data.tokenizer == "ids:64"
     status, err = trained(tmp_path / "other", data__tokenizer="ids:64")
     assert status == cli.USER_ERROR
-    assert err.startswith("error: data.tokenizer: got ids:64; takes ids:64:E, with the id E that ends a text: ")
+    assert err.startswith("error: data.tokenizer: got ids:64; takes ids:64:E, with the id E that ends a text, ")
 
 
 def test_an_imported_model_is_no_run_to_go_on(model, trained, tmp_path, capsys):
@@ -72,7 +72,7 @@ def test_an_imported_model_is_no_run_to_go_on(model, trained, tmp_path, capsys):
         assert cli.run(train.main, train.define, train.__doc__, "configs/tiny.py", argv=argv) == cli.USER_ERROR
         err = capsys.readouterr().err
         assert re.fullmatch(
-            r"error: --workdir: got .*, an imported model: .*train\.py --workdir=NEW .*init_from=.*\n", err
+            r"error: --workdir: got .*, an imported model, .*train\.py --workdir=NEW .*init_from=.*\n", err
         )
     assert snapshot(model) == before
 
