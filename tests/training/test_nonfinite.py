@@ -141,7 +141,7 @@ def test_a_state_that_is_not_finite_is_rolled_back_and_never_saved(call, workdir
     status, out, err = call(workdir, train__steps=6, train__checkpoint_every=2)
     assert (status, err) == (cli.DONE, "")
     assert (
-        "the state after step 4 is not finite: params.norm; rolled back to step 2: the data of steps 3 to 4 is" in out
+        "the state after step 4 is not finite: params.norm; rolled back to step 2, and skips the data of steps 3" in out
     )
     assert checkpoints(workdir) == [4, 6] and steps(workdir, "train") == [1, 2, 3, 4, 5, 6]
 
