@@ -18,8 +18,9 @@ from absl import flags
 from safetensors.numpy import save_file
 
 from maxsep.config import ModelConfig, cli
+from maxsep.config.matrices import parameters, sizes
 from maxsep.huggingface import model_config
-from maxsep.huggingface.families import FAMILIES, numbers, sizes, tensors
+from maxsep.huggingface.families import FAMILIES, numbers, tensors
 from maxsep.huggingface.folder import INDEX
 
 FAMILY = FAMILIES["mixtral"]
@@ -42,7 +43,9 @@ def main(args: cli.Args) -> None:
         folder = Path(name)
         model, run, out = (folder / part for part in ("model", "run", "out"))
         size = make(shape, model, args.flags.file_gigabytes * 1e9)
-        print(f"{shape.parameters:,} parameters, {size / 1e9:.2f} GB in {len(list(model.glob('*.safetensors')))} files")
+        print(
+            f"{parameters(shape):,} parameters, {size / 1e9:.2f} GB in {len(list(model.glob('*.safetensors')))} files"
+        )
         copied = seconds(["cp", "-r", str(model), str(folder / "copy")])[0]
         subprocess.run(["sync"], check=True)
         shutil.rmtree(folder / "copy")

@@ -17,6 +17,7 @@ from absl import flags
 from maxsep.cluster import process
 from maxsep.cluster.signals import interrupting
 from maxsep.config import Config, ConfigError, cli, paths
+from maxsep.config.matrices import parameters
 from maxsep.config.stored import at_home
 from maxsep.output import workdir
 from maxsep.output.durable import write_json
@@ -92,7 +93,7 @@ def import_model(config: Config, checkpoint: str, named: str) -> None:
     ticker.clear()
     seconds = time.monotonic() - begin
     print(
-        f"{model.folder.path}: {model.family.architecture}, {config.model.parameters:,} parameters, "
+        f"{model.folder.path}: {model.family.architecture}, {parameters(config.model):,} parameters, "
         f"{model.dtype}, {model.bytes / 1e9:.2f} GB in {seconds:.1f} s ({model.bytes / 1e9 / seconds:.2f} GB/s)"
     )
     prompt = "--prompt=Return the"

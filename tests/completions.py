@@ -34,7 +34,7 @@ def generator(c: Config) -> Generator:
 
 def parameters(c: Config, draw: int = 0):
     """Of a config, in float64, larger than a new model's."""
-    return drawn(generator(c).program.abstract_params, [SEED, 13, draw])
+    return drawn(generator(c).program.abstract["params"], [SEED, 13, draw])
 
 
 def weights(c: Config, params):
@@ -45,7 +45,7 @@ def weights(c: Config, params):
         sharding = jax.sharding.NamedSharding(mesh, like.sharding.spec)
         return jax.device_put(np.asarray(x, like.dtype), sharding)
 
-    return of.weights(jax.tree.map(place, params, of.abstract_params))
+    return of.weights(jax.tree.map(place, {"params": params, "buffers": {}}, of.abstract))
 
 
 def completed(

@@ -58,10 +58,10 @@ def logits(config: Config, folder: Path, tokens_s: list[int]) -> np.ndarray:
             tokens_bs, length_b = collectives.vary((tokens_bs, length_b))
 
             def attend(attention, x_bsd, nothing):
-                return attention(x_bsd, None), nothing
+                return attention.train(x_bsd, None), nothing
 
             x_bsd = program._prompt_states(weights, tokens_bs, length_b, attend, [None] * config.model.layers)[0]
-            return program._merged(layout, weights)[0].logits(x_bsd)[None]
+            return program._merged(layout, weights).logits(x_bsd)[None]
 
         rows = P(layout.axes("b"))
         arrays = (jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), rows)) for x in (tokens_bs, length_b))

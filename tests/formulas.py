@@ -19,7 +19,8 @@ def sent_bytes(c, state) -> dict[str, float]:
     def ways(letter):
         return math.prod(size[axis] for axis in axes.get(letter, ()))
 
-    A, B, L, D = train.accumulation, train.batch_size // train.accumulation, model.layers, model.d_model
+    A, B, D = train.accumulation, train.batch_size // train.accumulation, model.d_model
+    L = model.layers
     c_bytes = {"bfloat16": 2, "float32": 4, "float64": 8}[model.dtype]
     w_bytes = max(4, c_bytes)  # of a weight and its gradient
     t = B * c.data.sequence_length // ways("b") // ways("s")
@@ -52,7 +53,7 @@ def sent_bytes(c, state) -> dict[str, float]:
     if P > 1:
         vocabulary += 2 * t * D * c_bytes  # final states to all stages, and back
 
-    blocks, leaves = state.params["blocks"], jax.tree.leaves(state.params)
+    segments, leaves = state.params["segments"].values(), jax.tree.leaves(state.params)
     copied = [w for w in leaves if math.prod(size[axis] for axis in replicating_axes(w.sharding.spec)) > 1]
     gradients, parameters = bytes_on_device(copied), 0
     if c.optimizer.zero1:  # each device gathers the parts that it shares
@@ -61,8 +62,9 @@ def sent_bytes(c, state) -> dict[str, float]:
             [part for part, w in zip(moments, leaves, strict=True) if bytes_on_device(part) < bytes_on_device(w)]
         )
     if ways("w") > 1:
-        experts = bytes_on_device(blocks["moe"]["experts"])
-        others = bytes_on_device((blocks["attention"], blocks["moe"]["router"]))
+        experts = bytes_on_device([segment["feed_forward"].get("experts", {}) for segment in segments])
+        routers = bytes_on_device([segment["feed_forward"].get("router", {}) for segment in segments])
+        others = bytes_on_device([segment["attention"] for segment in segments]) + routers
         tables = bytes_on_device((state.params["head_vd"], state.params["embedding"]))
         parts = math.prod(size.values())
         gradients += A * parts * (experts // ways("e") + others + tables // ways("v"))

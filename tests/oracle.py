@@ -149,13 +149,13 @@ def rotary(x_shq, theta):
 
 
 def attention(x_sd, segment_s, w, layer, model):
-    q, k, v = (jnp.einsum("sd,dhq->shq", x_sd, w[name][layer]) for name in ("wq_ldhq", "wk_ldkq", "wv_ldkq"))
+    q, k, v = (jnp.einsum("sd,dhq->shq", x_sd, w[name][layer]) for name in ("wq_dhq", "wk_dkq", "wv_dkq"))
     if model.qk_norm != "none":
         q, k = (qk_norm(x, w[name]["scale"][layer], model.norm_eps) for x, name in ((q, "q_norm"), (k, "k_norm")))
     if model.clip_qkv is not None:
         q, k, v = (jnp.minimum(jnp.maximum(x, -model.clip_qkv), model.clip_qkv) for x in (q, k, v))
     q, k = rotary(q, model.rope_theta), rotary(k, model.rope_theta)
-    return jnp.einsum("shq,hqd->sd", attend(q, k, v, segment_s), w["wo_lhqd"][layer])
+    return jnp.einsum("shq,hqd->sd", attend(q, k, v, segment_s), w["wo_hqd"][layer])
 
 
 def qk_norm(x_shq, scale, eps):
@@ -180,7 +180,7 @@ def attend(q_shq, k_skq, v_skq, segment_s):
 def dense_moe(x_td, w, layer, model, groups):
     """Every expert on every token, weighted; the auxiliary losses, the dropped choices, the smallest gap (below)."""
     tokens = x_td.shape[0]
-    scores = x_td @ w["router"]["w_lde"][layer]
+    scores = x_td @ w["router"]["w_de"][layer]
     ranked = jax.lax.stop_gradient(jnp.sort(scores, axis=-1)[:, ::-1])
     gap = (ranked[:, model.top_k - 1] - ranked[:, model.top_k]).min() if model.top_k < model.experts else jnp.inf
     top, ids = jax.lax.top_k(scores, model.top_k)
@@ -197,12 +197,7 @@ def dense_moe(x_td, w, layer, model, groups):
     weight_te = ((weight_tn * kept)[..., None] * chosen_tne).sum(axis=1)
 
     def expert(w_of):
-        up = x_td @ w_of["w_in_ledf"]
-        if model.activation == "swiglu":
-            h = jax.nn.silu(x_td @ w_of["w_gate_ledf"]) * up
-        else:
-            h = up * (1 + jax.scipy.special.erf(up / math.sqrt(2))) / 2
-        return h @ w_of["w_out_lefd"]
+        return feed_forward(x_td, w_of["w_in_edf"], w_of.get("w_gate_edf"), w_of["w_out_efd"])
 
     y_etd = jax.vmap(expert)({name: stacked[layer] for name, stacked in w["experts"].items()})
     y = (weight_te.T[..., None] * y_etd).sum(axis=0)
@@ -210,6 +205,13 @@ def dense_moe(x_td, w, layer, model, groups):
     balancing = model.experts * (share * jax.nn.softmax(scores, axis=-1).mean(axis=0)).sum()
     z = (jax.nn.logsumexp(scores, axis=-1) ** 2).mean()
     return y, balancing, z, (~kept).sum(), gap
+
+
+def feed_forward(x_td, w_in, w_gate, w_out):
+    """SwiGLU, or without `w_gate` GELU."""
+    up = x_td @ w_in
+    h = up * (1 + jax.scipy.special.erf(up / math.sqrt(2))) / 2 if w_gate is None else jax.nn.silu(x_td @ w_gate) * up
+    return h @ w_out
 
 
 def model_scores(params, tokens, model, groups=(), end_of_text=None):
@@ -226,12 +228,12 @@ def model_scores(params, tokens, model, groups=(), end_of_text=None):
                 segments[row, i] = segments[row, i - 1] + (tokens[row, i - 1] == end_of_text)
     x = params["embedding"]["table_vd"][tokens]
     for layer in range(model.layers):
-        block = params["blocks"]
+        block = params["segments"]["moe"]
         w = block["attention"]
         y = rms_norm(x, block["attention_norm"]["scale"][layer], model.norm_eps)
         x = x + jax.vmap(functools.partial(attention, w=w, layer=layer, model=model))(y, segments)
-        y = rms_norm(x, block["moe_norm"]["scale"][layer], model.norm_eps).reshape(b * s, -1)
-        y, balancing, z, lost, least = dense_moe(y, block["moe"], layer, model, groups)
+        y = rms_norm(x, block["feed_forward_norm"]["scale"][layer], model.norm_eps).reshape(b * s, -1)
+        y, balancing, z, lost, least = dense_moe(y, block["feed_forward"], layer, model, groups)
         auxiliary += model.load_balancing_coefficient * balancing + model.router_z_coefficient * z
         dropped += lost
         gap = jnp.minimum(gap, least)

@@ -34,6 +34,11 @@ def optimised(lowered) -> hlo.Module:
     return hlo.parse(lowered.compile().as_text())
 
 
+def model(params) -> dict:
+    """A model's variables with these parameters, of a model without buffers."""
+    return {"params": params, "buffers": {}}
+
+
 def placed(tree, like):
     return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), tree, like)
 
@@ -43,7 +48,7 @@ def gradients(c: Config, params, batch, step: int = 0, ids: int | None = None):
     r = run(c, ids)
     with wide(c), jax.set_mesh(r.mesh):
         batch = jax.device_put(batch, r.batch_sharding)
-        return jax.device_get(r.gradients(placed(params, r.abstract_state.params), batch, np.int32(step)))
+        return jax.device_get(r.gradients(placed(model(params), r.abstract_state.variables), batch, np.int32(step)))
 
 
 def first_step(c: Config, params, batch):
@@ -52,7 +57,7 @@ def first_step(c: Config, params, batch):
         r = Run(c, END_OF_TEXT)
         gradients, program = r.program._gradients, r.program
 
-        def both(params, batch):
+        def both(variables, batch):
             found = []
 
             def seen(*arguments):
@@ -60,10 +65,10 @@ def first_step(c: Config, params, batch):
                 return found[-1]
 
             program._gradients = seen
-            return program.train_step(program.fresh(params), batch)[1], found[0][0]
+            return program.train_step(program.fresh(variables), batch)[1], found[0][0]
 
         batch = jax.device_put(batch, r.batch_sharding)
-        figures, of_step = jax.device_get(jax.jit(both)(placed(params, r.abstract_state.params), batch))
+        figures, of_step = jax.device_get(jax.jit(both)(placed(model(params), r.abstract_state.variables), batch))
         return of_step, figures
 
 
@@ -119,5 +124,7 @@ def trained(c: Config, weights: Config | None = None) -> Trained:
             state, metrics = step(state, jax.device_put(batch, r.batch_sharding))
             losses.append(float(metrics["loss"]))
             dropped.append(int(metrics["dropped_l"].sum()))
-        before, after = (s.params["blocks"]["moe"]["router"]["w_lde"] for s in (new, jax.device_get(state)))
+        before, after = (
+            s.params["segments"]["moe"]["feed_forward"]["router"]["w_de"] for s in (new, jax.device_get(state))
+        )
     return Trained(losses, float(np.abs(after - before).max()), dropped)

@@ -17,6 +17,7 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.consta
 class State:
     step: jax.Array
     params: dict
+    buffers: dict
     optimizer: tuple
 
 
@@ -39,7 +40,13 @@ def abstract(mesh, rows=64, dtype=jnp.float32):
     optimizer = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(OPTIMIZER.init, params)
     )
-    return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, optimizer)
+    step, buffers = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), {"bias_e": array((16,), jnp.float32)}
+    return State(step, params, buffers, optimizer)
+
+
+def model(state) -> dict:
+    """The fields of which a model is made."""
+    return {"params": state.params, "buffers": state.buffers}
 
 
 def filled(shapes, seed):

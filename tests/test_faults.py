@@ -106,15 +106,16 @@ def embedding_gradients_summed_over_stages_twice(monkeypatch):
     monkeypatch.setattr(Embedding, "__call__", wrong)
 
 
-MOE, ATTENTION, TABLE = "['blocks']['moe']['experts']", "['blocks']['attention']", "['embedding']['table_vd']"
+SEGMENT, TABLE = "['segments']['moe']", "['embedding']['table_vd']"
+MOE, ATTENTION = f"{SEGMENT}['feed_forward']['experts']", f"{SEGMENT}['attention']"
 FAULTS = {
-    expert_gradients_not_summed: ("ma", {f"{MOE}['{w}_ledf']" for w in ("w_in", "w_gate")} | {f"{MOE}['w_out_lefd']"}),
-    attention_gradients_summed_over_heads_too: ("ma", {f"{ATTENTION}['{w}_ldkq']" for w in ("wk", "wv")}),
+    expert_gradients_not_summed: ("ma", {f"{MOE}['{w}_edf']" for w in ("w_in", "w_gate")} | {f"{MOE}['w_out_efd']"}),
+    attention_gradients_summed_over_heads_too: ("ma", {f"{ATTENTION}['{w}_dkq']" for w in ("wk", "wv")}),
     norm_counts_copies: ("ma", {"grad_norm"}),
     statistic_counted_on_every_device: ("tp", {"dropped_l"}),
     idle_ticks_counted: ("pp", {"load_le", "dropped_l", "load_balancing_loss"}),
     stage_forgotten_in_the_order: ("pp", {"loss", "['head_vd']"}),
-    layers_of_a_stage_reversed: ("pp", {"loss", f"{ATTENTION}['wq_ldhq']"}),
+    layers_of_a_stage_reversed: ("pp", {"loss", f"{ATTENTION}['wq_dhq']"}),
     micro_batch_sent_twice: ("pp", {"loss", TABLE}),
     embedding_gradients_summed_over_stages_twice: ("pp", {"grad_norm", TABLE}),
 }

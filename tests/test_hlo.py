@@ -30,7 +30,7 @@ class Compiled:
         run = self.run
         batch = jax.ShapeDtypeStruct(run.eval_shape, jnp.int32, sharding=run.batch_sharding)
         with jax.set_mesh(run.mesh):
-            return optimised(run.eval_step.lower(run.abstract_state.params, batch))
+            return optimised(run.eval_step.lower(run.abstract_state.variables, batch))
 
     @functools.cached_property
     def step(self) -> Module:

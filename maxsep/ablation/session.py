@@ -8,6 +8,7 @@ from maxsep.ablation.trial import Trial, columns
 from maxsep.cluster import child
 from maxsep.cluster.signals import Stop
 from maxsep.config import cli
+from maxsep.config.matrices import parameters
 from maxsep.config.paths import REPOSITORY
 from maxsep.output.console import say
 from maxsep.parallel.start import cores
@@ -120,7 +121,7 @@ class Session:
         facts = {
             "command": f"`{command}`",
             "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
-            f"top {model.top_k}, {capacity}, {model.dtype}, {model.parameters:,} parameters",
+            f"top {model.top_k}, {capacity}, {model.dtype}, {parameters(model):,} parameters",
             "training": f"{_steps(results, train.steps)} of {train.batch_size} sequences of "
             f"{first.data.sequence_length} tokens, {train.accumulation} micro-batches each",
             "devices": ", ".join(sorted({result["device_kind"] for result in results})) or "none",

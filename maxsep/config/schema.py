@@ -162,18 +162,6 @@ class ModelConfig:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of 128, so that any usual axis divides it."""
         return -(-self.vocab_size // 128) * 128
 
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model, the rows that only pad the embedding not counted."""
-        attention = 2 * self.d_model * self.head_size * (self.heads + self.n_kv_heads)  # queries, output; keys, values
-        matrices = 3 if self.activation == "swiglu" else 2
-        experts = self.experts * matrices * self.d_model * self.d_ff
-        router = self.d_model * self.experts
-        normed = {"none": 0, "head": 2, "all": self.heads + self.n_kv_heads}[self.qk_norm]  # heads with a scale
-        norms = 2 * self.d_model + normed * self.head_size
-        embeddings = (1 if self.tied_embedding else 2) * self.vocab_size * self.d_model  # embedding, output head
-        return self.layers * (attention + router + experts + norms) + self.d_model + embeddings
-
 
 @dataclass(frozen=True)
 class Config:

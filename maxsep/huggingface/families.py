@@ -114,20 +114,6 @@ def numbers(tensors: Tensors, of: dict[str, int]) -> Iterator[tuple[int, ...]]:
     return of_letters(tensors.numbered)
 
 
-def sizes(model: ModelConfig) -> dict[str, int]:
-    """What a checkpoint has of each letter; rows that only pad the vocabulary are none of it."""
-    return {
-        "l": model.layers,
-        "d": model.d_model,
-        "h": model.heads,
-        "k": model.n_kv_heads,
-        "q": model.head_size,
-        "e": model.experts,
-        "f": model.d_ff,
-        "v": model.vocab_size,
-    }
-
-
 def tensors(family: Family, model: ModelConfig) -> dict[tuple[str, ...], Tensors]:
     """Of each parameter, by its path in ours. torch keeps matrices as (out, in), we as (in, out)."""
     return dict(_tensors(family, model))
@@ -138,24 +124,24 @@ def _tensors(family: Family, model: ModelConfig) -> Iterator[tuple[tuple[str, ..
         return tuple(path.split(".")), Tensors(f"model.{name}.weight", tuple(dims.split()), letters)
 
     def block(path: str, name: str, dims: str, letters: str) -> tuple[tuple[str, ...], Tensors]:
-        return of(f"blocks.{path}", f"layers.{{l}}.{name}", dims, letters)
+        return of(f"segments.moe.{path}", f"layers.{{l}}.{name}", dims, letters)
 
     yield of("embedding.table_vd", "embed_tokens", "v d", "vd")
     yield block("attention_norm.scale", "input_layernorm", "d", "ld")
-    yield block("attention.wq_ldhq", "self_attn.q_proj", "hq d", "ldhq")
-    yield block("attention.wk_ldkq", "self_attn.k_proj", "kq d", "ldkq")
-    yield block("attention.wv_ldkq", "self_attn.v_proj", "kq d", "ldkq")
-    yield block("attention.wo_lhqd", "self_attn.o_proj", "d hq", "lhqd")
+    yield block("attention.wq_dhq", "self_attn.q_proj", "hq d", "ldhq")
+    yield block("attention.wk_dkq", "self_attn.k_proj", "kq d", "ldkq")
+    yield block("attention.wv_dkq", "self_attn.v_proj", "kq d", "ldkq")
+    yield block("attention.wo_hqd", "self_attn.o_proj", "d hq", "lhqd")
     if family.qk_norm != "none":
         heads = {"head": ("", ""), "all": ("h", "k")}[family.qk_norm]
         for what, letter in zip("qk", heads, strict=True):
             yield block(f"attention.{what}_norm.scale", f"self_attn.{what}_norm", f"{letter}q", f"l{letter}q")
-    yield block("moe_norm.scale", "post_attention_layernorm", "d", "ld")
-    yield block("moe.router.w_lde", f"{family.moe}.gate", "e d", "lde")
+    yield block("feed_forward_norm.scale", "post_attention_layernorm", "d", "ld")
+    yield block("feed_forward.router.w_de", f"{family.moe}.gate", "e d", "lde")
     gate, up, down = (f"{family.moe}.experts.{{e}}.{name}" for name in family.gate_up_down)
-    yield block("moe.experts.w_gate_ledf", gate, "f d", "ledf")
-    yield block("moe.experts.w_in_ledf", up, "f d", "ledf")
-    yield block("moe.experts.w_out_lefd", down, "d f", "lefd")
+    yield block("feed_forward.experts.w_gate_edf", gate, "f d", "ledf")
+    yield block("feed_forward.experts.w_in_edf", up, "f d", "ledf")
+    yield block("feed_forward.experts.w_out_efd", down, "d f", "lefd")
     yield of("final_norm.scale", "norm", "d", "d")
     if not model.tied_embedding:
         yield ("head_vd",), Tensors("lm_head.weight", ("v", "d"), "vd")

@@ -6,10 +6,11 @@ from functools import cached_property
 import numpy as np
 
 from maxsep.config import Config, ConfigError, DataConfig
+from maxsep.config.matrices import sizes
 from maxsep.config.stored import OWN_TOKENIZER
 from maxsep.data.json_tokenizer import end_ids
 from maxsep.huggingface import model_config, tokenizer_files
-from maxsep.huggingface.families import numbers, sizes, tensors
+from maxsep.huggingface.families import numbers, tensors
 from maxsep.huggingface.folder import DTYPES, Folder
 
 # Tensors that old files hold and that follow from the config.

@@ -8,16 +8,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from maxsep.config import Config, ConfigError, ModelConfig
+from maxsep.config.matrices import sizes
 from maxsep.huggingface import weights
-from maxsep.huggingface.families import Family, Tensors, numbers, sizes, tensors
+from maxsep.huggingface.families import Family, Tensors, numbers, tensors
 from maxsep.huggingface.folder import INDEX, WHOLE
 from maxsep.huggingface.model import HuggingFaceModel
-from maxsep.inference.load import parameters
+from maxsep.inference.load import restored
+from maxsep.model.parameters import declared
 from maxsep.model.transformer import Transformer
 from maxsep.output import tree
 from maxsep.output.checkpoint import Checkpoints, NotFinite, SaveError
@@ -30,13 +31,10 @@ from maxsep.parallel.sharding import fetched, on_mesh
 FILE_BYTES = 2_000_000_000  # of tensors in an exported file, which is held in memory
 
 
-def abstract_params(config: Config) -> dict:
-    """The parameters of the config's model on its mesh, which must be set; matrices in `model.dtype`."""
-
-    def made() -> Transformer:
-        return Transformer(nnx.Rngs(0), config.model, Layout.of(config), config.model.vocab_size, config.model.dtype)
-
-    return on_mesh(nnx.to_pure_dict(nnx.state(nnx.eval_shape(made), nnx.Param)))
+def abstract_variables(config: Config) -> dict[str, dict]:
+    """`params` and `buffers` of the config's model on its mesh, which must be set; matrices in `model.dtype`."""
+    model = config.model
+    return on_mesh(declared(Transformer(model, Layout.of(config), model.vocab_size, model.dtype)))
 
 
 def load(model: HuggingFaceModel, config: Config, folder: Path, progress: Callable[[str], None]) -> None:
@@ -46,7 +44,7 @@ def load(model: HuggingFaceModel, config: Config, folder: Path, progress: Callab
         ConfigError: a tensor cannot be read or is not finite, or the checkpoint cannot be written.
     """
     with jax.set_mesh(make_mesh(config)):
-        abstract = abstract_params(config)
+        abstract = abstract_variables(config)["params"]
         leaves, loaded = tree.named(abstract), {}
         assert leaves.keys() == model.tensors.keys()
         for number, (path, entry) in enumerate(model.tensors.items()):
@@ -96,8 +94,8 @@ def store(
     dtype = jnp.dtype(config.model.dtype)
     with jax.set_mesh(make_mesh(config)):
         progress("reading the checkpoint")
-        restored = parameters(abstract_params(config), run, step)
-        arrays = {path: fetched(array) for path, array in tree.named(restored.state).items()}
+        found = restored(abstract_variables(config), run, step)
+        arrays = {path: fetched(array) for path, array in tree.named(found.state["params"]).items()}
 
     def tensor(written: Written) -> np.ndarray:
         return weights.tensor(written.entry, model, arrays[written.path], written.numbers, dtype)
@@ -113,7 +111,7 @@ def store(
     size = sum(written.bytes for written in all_written)
     if len(files) > 1:
         write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-    return restored.step, size
+    return found.step, size
 
 
 def _in_order(family: Family, model: ModelConfig, itemsize: int) -> list[Written]:

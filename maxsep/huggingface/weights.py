@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from maxsep.config import ModelConfig
-from maxsep.huggingface.families import Tensors, sizes
+from maxsep.config.matrices import sizes
+from maxsep.huggingface.families import Tensors
 from maxsep.parallel.start import cores
 
 ALIGNMENT = 64  # bytes

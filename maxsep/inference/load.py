@@ -1,4 +1,4 @@
-"""A run's weights on the current mesh: its parameters alone, read straight into their places and dtypes."""
+"""A run's weights on the current mesh: its model alone, read straight into its places and dtypes."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ from maxsep.parallel.sharding import on_mesh
 def load(program: Program, folder: Path, step: str, job: Job = ALONE) -> tuple[dict, int]:
     """The weights that `program` takes of the run in `folder`, and the step that they are of.
 
-    Args and Raises: as `parameters`; `program` is of the run's config, on any mesh.
+    Args and Raises: as `restored`; `program` is of the run's config, on any mesh.
     """
-    params, _, number = parameters(on_mesh(program.abstract_params), folder, step, job)
-    return program.weights(params), number
+    variables, _, number = restored(on_mesh(program.abstract), folder, step, job)
+    return program.weights(variables), number
 
 
-def parameters(abstract_params, folder: Path, step: str, job: Job = ALONE) -> Restored:
-    """The parameters of the run in `folder`.
+def restored(abstract: dict[str, dict], folder: Path, step: str, job: Job = ALONE) -> Restored:
+    """The `params` and `buffers` of the run in `folder`.
 
     Args:
-        abstract_params: their pytree, of jax.ShapeDtypeStructs with NamedShardings; the dtypes may be others than those
-            that were saved.
+        abstract: their pytrees, of jax.ShapeDtypeStructs with NamedShardings; the dtypes may be others than those that
+            were saved.
         folder: of the run; nothing in it is changed.
         step: a number, `latest`, or `best` (of the lowest held-out loss).
         job: this process and the others.
@@ -41,4 +41,4 @@ def parameters(abstract_params, folder: Path, step: str, job: Job = ALONE) -> Re
                 raise ConfigError(f"--step: got best, but no checkpoint in {folder} has been evaluated")
         else:
             number = int(step)
-        return checkpoints.restore_params(abstract_params, number, cast=True)
+        return checkpoints.restore_model(abstract, number, cast=True)

@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from maxsep.config import Config
 from maxsep.config.layouts import AXES
 from maxsep.inference.sampling import Sampling, sample
-from maxsep.model import kv_cache
-from maxsep.model.kv_cache import KeysValues, Window
+from maxsep.model.kv_cache import Prompts, Window
+from maxsep.model.parameters import declared, drawn
 from maxsep.model.transformer import Transformer, documents
+from maxsep.output import tree
 from maxsep.parallel import collectives
 from maxsep.parallel.collectives import Axes
 from maxsep.parallel.layout import Layout
@@ -38,7 +39,7 @@ class Decoding:
     a leading dimension for those that hold the same, or other layers.
     """
 
-    cache: list[KeysValues]  # a layer, of each stage
+    cache: list  # what the attention of each layer keeps, of each stage
     window: Window
     token_b: jax.Array  # int32, the last token, not yet in the cache
     tokens_bn: jax.Array  # int32, the new tokens
@@ -77,68 +78,61 @@ class Program:
         # Attention within documents only, where the model was trained so.
         self.document_end = None if config.data.cross_document_attention else end_of_text
 
-        def made(layout: Layout) -> Transformer:
-            return Transformer(nnx.Rngs(config.train.seed), model, layout, ids or model.vocab_size, model.dtype)
+        declare = functools.partial(Transformer, model, ids=ids or model.vocab_size, dtype=model.dtype)
+        self._stacked = declare(self.layout)
+        self.abstract = declared(self._stacked)
+        self._apart = {layout: declare(layout, apart=True) for layout in (self.layout, self.single)}
+        specs = _together(jax.tree.map(lambda x: x.sharding.spec, self.abstract))
+        self.weight_specs = {path: [spec] * self._layers(path) or spec for path, spec in specs.items()}
 
-        self._made = functools.partial(made, self.layout)
-        abstract = {layout: nnx.eval_shape(functools.partial(made, layout)) for layout in (self.layout, self.single)}
-        self.abstract_params = nnx.to_pure_dict(nnx.state(abstract[self.layout], nnx.Param))
-        self._graphs = {
-            layout: (nnx.graphdef(transformer), nnx.graphdef(transformer.blocks))
-            for layout, transformer in abstract.items()
-        }
-        specs = jax.tree.map(lambda x: x.sharding.spec, self.abstract_params)
-        self._stacked_specs = specs["blocks"]
-        self.weight_specs = self._split(specs, [_without_experts(specs["blocks"])] * (model.layers // self.stages))
+    def new(self) -> dict[str, dict]:
+        """`params` and `buffers` drawn from the seed. Jit it: its arrays are then born in their shardings."""
+        return drawn(self._stacked, self.config.train.seed)
 
-    def new_params(self) -> dict:
-        """Parameters drawn from the seed. Jit it: its arrays are then born in their shardings."""
-        return nnx.to_pure_dict(nnx.state(self._made(), nnx.Param))
+    def _layers(self, path: tuple[str, ...]) -> int:
+        """Of how many layers the programs take a parameter apart, so that no loop slices it; 0: it stays as it is.
 
-    def weights(self, params: dict) -> dict:
-        """Parameters as the programs take them: all but the experts' apart by layer, so that no loop slices them."""
-        count = self.model.layers // self.stages
+        So do the experts', of which only those that are chosen are read.
+        """
+        if path[0] != "segments" or "experts" in path:
+            return 0
+        return len(self._apart[self.layout].segments[path[1]])
 
-        def apart(tree):
+    def weights(self, variables: dict[str, dict]) -> dict:
+        """What the programs take of `params` and `buffers`, by path: what is taken apart as a list of layers."""
+        named = _together(variables)
+        taken = {path: w for path, w in named.items() if self._layers(path)}
+
+        def apart(taken):
             # Of one layer each, [1, ...]: of all stages' layers at this place.
-            return [
-                jax.tree.map(functools.partial(lax.slice_in_dim, start_index=at, limit_index=at + 1), tree)
-                for at in range(count)
-            ]
+            return {path: lax.split(w, [1] * self._layers(path)) for path, w in taken.items()}
 
-        specs = _without_experts(self._stacked_specs)
-        layers = jax.jit(jax.shard_map(apart, in_specs=(specs,), out_specs=[specs] * count))
-        return self._split(params, layers(_without_experts(params["blocks"])))
+        specs = {path: self.weight_specs[path] for path in taken}
+        stacked = {path: of[0] for path, of in specs.items()}
+        return named | jax.jit(jax.shard_map(apart, in_specs=(stacked,), out_specs=specs))(taken)
 
-    @staticmethod
-    def _split(params: dict, layers: list) -> dict:
-        experts = params["blocks"]["moe"]["experts"]
-        return {name: tree for name, tree in params.items() if name != "blocks"} | {
-            "experts": experts,
-            "layers": layers,
-        }
-
-    def _merged(self, layout: Layout, weights: dict) -> tuple[Transformer, list]:
-        """The model, and this stage's layers, on one device."""
-        graph, block_graph = self._graphs[layout]
-        weights = dict(collectives.vary(weights))
-        experts, layers = weights.pop("experts"), weights.pop("layers")
-        blocks = []
-        for layer in layers:
-            layer = jax.tree.map(lambda w: w[0], layer)
-            blocks.append(layer | {"moe": layer["moe"] | {"experts": experts}})
-        transformer = nnx.merge(graph, weights | {"blocks": blocks[0]})  # not used: `infer` takes the list
-        return transformer, [nnx.merge(block_graph, block) for block in blocks]
+    def _merged(self, layout: Layout, weights: dict) -> Transformer:
+        """The model on one device, its layers those of this stage."""
+        transformer = self._apart[layout]
+        leaves = {}
+        for path, w in collectives.vary(weights).items():
+            if path[0] != "segments":
+                leaves[path] = w
+                continue
+            segment, name, *rest = path
+            for layer in range(len(transformer.segments[name])):
+                leaves[segment, name, layer, *rest] = w[layer][0] if self._layers(path) else w
+        return nnx.merge(nnx.graphdef(transformer), tree.nested(leaves))
 
     def _prompt_states(self, weights, tokens_bs, length_b, attend, kept):
         """States [b, s, D] of this device's part of the prompts, and what each layer keeps."""
-        transformer, blocks = self._merged(self.layout, weights)
+        transformer = self._merged(self.layout, weights)
         own = tokens_bs.shape[1] // self.layout.ways("s")
         column_s = collectives.index(self.layout.axes("s")) * own + jnp.arange(own)
         real_bs = column_s < length_b[:, None]
         with jax.named_scope("embedding"):
             x_bsd = transformer.embedding(tokens_bs, self.model.dtype)
-        return transformer.infer(blocks, x_bsd, real_bs, attend, kept)
+        return transformer.infer(x_bsd, real_bs, attend, kept)
 
     def prefill(
         self, weights, tokens_bs: jax.Array, length_b, number_b, limit_b, sampling: Sampling, slots: int, most: int
@@ -159,14 +153,15 @@ class Program:
                 at_end_b1 = jnp.take_along_axis(segments_bs, last_b[:, None], axis=1)
                 first_b += jnp.argmax(segments_bs == at_end_b1, axis=1).astype(jnp.int32)
 
-            def attend(attention, x_bsd, _):
-                y_bsd, (k, v) = attention.prefill(x_bsd, segments_bs)
-                return y_bsd, KeysValues.of_prompts(slots, pad_b, k, v)
+            prompts = Prompts(segments_bs, pad_b, slots)
 
-            empty = self._empty_cache(tokens_bs.shape[0], slots)
+            def attend(attention, x_bsd, _):
+                return attention.prefill(x_bsd, prompts)
+
+            empty = collectives.vary([attention.empty(len(tokens_bs), slots) for attention in self._attentions])
             x_bsd, cache = self._prompt_states(weights, tokens_bs, length_b, attend, empty)
             x_b1d, length_b, number_b, limit_b = self._last(x_bsd, last_b, length_b, number_b, limit_b)
-            transformer, _ = self._merged(self.single, weights)
+            transformer = self._merged(self.single, weights)
             token_b, logprob_b = _next(transformer, x_b1d, sampling, number_b, length_b)
             tokens_bn, logprobs_bn = (
                 jnp.zeros((x_b.size, most), x_b.dtype).at[:, 0].set(x_b) for x_b in (token_b, logprob_b)
@@ -188,7 +183,7 @@ class Program:
         specs = self._specs(state.slots)
 
         def on_device(weights, state, sampling, until):
-            transformer, blocks = self._merged(self.single, weights)
+            transformer = self._merged(self.single, weights)
 
             def one(state: Decoding) -> Decoding:
                 slot = state.slots + state.made - 1
@@ -198,7 +193,7 @@ class Program:
 
                 with jax.named_scope("embedding"):
                     x_b1d = transformer.embedding(state.token_b[:, None], self.model.dtype)
-                x_b1d, cache = transformer.infer(blocks, x_b1d, ~state.done_b[:, None], attend, state.cache)
+                x_b1d, cache = transformer.infer(x_b1d, ~state.done_b[:, None], attend, state.cache)
                 position_b = state.length_b + state.made
                 new_b, logprob_b = _next(transformer, x_b1d, sampling, state.number_b, position_b)
                 token_b = jnp.where(state.done_b, state.token_b, new_b)
@@ -238,11 +233,11 @@ class Program:
             segments_bs = documents(tokens_bs, self.document_end)
 
             def attend(attention, x_bsd, nothing):
-                return attention(x_bsd, segments_bs), nothing
+                return attention.train(x_bsd, segments_bs), nothing
 
-            nothing = [None] * (self.model.layers // self.stages)
+            nothing = [None] * len(self._attentions)
             x_bsd, _ = self._prompt_states(weights, tokens_bs, length_b, attend, nothing)
-            transformer, _ = self._merged(self.layout, weights)
+            transformer = self._merged(self.layout, weights)
             return transformer.log_probabilities(x_bsd, targets_bs)[None]
 
         whole = P(self.layout.axes("b"), None)
@@ -252,11 +247,10 @@ class Program:
             out_specs=_held(self.layout.axes("b"), self.layout.axes("s")),
         )(weights, tokens_bs, targets_bs, length_b)
 
-    def _empty_cache(self, rows: int, slots: int) -> list[KeysValues]:
-        """Of this device's rows and heads."""
-        heads = kv_cache.heads(self.model, self.layout)
-        zeros = jnp.zeros((rows, heads, slots, self.model.head_size), self.model.dtype)
-        return collectives.vary([KeysValues(zeros, zeros)] * (self.model.layers // self.stages))
+    @property
+    def _attentions(self) -> list:
+        """Of this stage's layers, without weights."""
+        return [block.attention for _, block in self._apart[self.layout].blocks]
 
     def _last(self, x_bsd: jax.Array, last_b: jax.Array, *of_rows: jax.Array) -> tuple[jax.Array, ...]:
         """The state [b, 1, D] of each sequence's token `last_b`, and `of_rows` [b], with rows as of single tokens."""
@@ -269,10 +263,17 @@ class Program:
         return x_b1d, *(lax.dynamic_slice_in_dim(x_b, first, x_b1d.shape[0]) for x_b in of_rows)
 
     def _specs(self, slots: int) -> Decoding:
-        batch, of_prompts = self.single.axes("b"), self.layout.axes("b")
-        keys, row, prompt = _held(of_prompts, self.layout.axes("h")), _held(batch), _held(of_prompts)
-        cache = [KeysValues(keys, keys)] * (self.model.layers // self.stages)
+        def held(letters: str) -> P:
+            return _held(*(self.layout.axes(letter) for letter in letters))
+
+        row, prompt = _held(self.single.axes("b")), held("b")
+        cache = [jax.tree.map(held, attention.split) for attention in self._attentions]
         return Decoding(cache, Window(prompt, prompt), *[row] * (len(HELD) - 2), P(), P(), slots)
+
+
+def _together(variables: dict[str, dict]) -> dict[tuple[str, ...], object]:
+    """Parameters and buffers by their path in the model."""
+    return {path[1:]: x for path, x in tree.named(variables).items()}
 
 
 def _next(transformer: Transformer, x_b1d: jax.Array, sampling: Sampling, number_b: jax.Array, position_b: jax.Array):
@@ -281,10 +282,6 @@ def _next(transformer: Transformer, x_b1d: jax.Array, sampling: Sampling, number
     token_b = sample(scores_bv, sampling, number_b, position_b)
     score_b = jnp.take_along_axis(scores_bv, token_b[:, None], axis=1)[:, 0]
     return token_b, score_b - jax.nn.logsumexp(scores_bv, axis=-1)
-
-
-def _without_experts(blocks: dict) -> dict:
-    return blocks | {"moe": {name: tree for name, tree in blocks["moe"].items() if name != "experts"}}
 
 
 def _held(*dims: Axes) -> P:

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxsep.config import Config, ModelConfig
+from maxsep.config.matrices import matrices, sizes
 from maxsep.inference.generate import Batch, Generator
 from maxsep.inference.program import Program
 from maxsep.inference.sampling import Sampling
 from maxsep.measure import bandwidth, peers
 from maxsep.measure.timing import OtherCPU, decoding, timed
 from maxsep.model import experts
-from maxsep.model.layers import jitted_init
+from maxsep.model.parameters import jitted_init
 
 TURN = 8  # tokens between two looks at the clock
 FORM_CALLS = 30
@@ -147,7 +148,7 @@ class Decoder:
 
 def generator(program: Program) -> Generator:
     """With weights from the seed, which no text ends."""
-    return Generator(program, program.weights(jitted_init(program.new_params, program.layout.platform)()))
+    return Generator(program, program.weights(jitted_init(program.new, program.layout.platform)()))
 
 
 def floor_bytes(model: ModelConfig, batch: int, context: float) -> float:
@@ -157,9 +158,6 @@ def floor_bytes(model: ModelConfig, batch: int, context: float) -> float:
     are as likely, E × (1 - (1 - k / E)^B); and the cache.
     """
     itemsize = {"float64": 8, "float32": 4, "bfloat16": 2}[model.dtype]
-    matrices = 3 if model.activation == "swiglu" else 2
-    chosen = model.experts * (1 - (1 - model.top_k / model.experts) ** batch)
-    attention = 2 * model.d_model * model.head_size * (model.heads + model.n_kv_heads)
-    layer = attention + model.d_model * model.experts + chosen * matrices * model.d_model * model.d_ff
-    cache = batch * context * 2 * model.n_kv_heads * model.head_size
-    return itemsize * (model.layers * (layer + cache) + model.vocab_size * model.d_model)
+    weights = sum(matrix.size(sizes(model)) * (1 - (1 - matrix.used) ** batch) for matrix in matrices(model))
+    cache = model.layers * batch * context * 2 * model.n_kv_heads * model.head_size
+    return itemsize * (weights + cache)

@@ -116,7 +116,7 @@ def by_kind(module: hlo.Module, plan: Plan, state) -> dict[str, int]:
     `state` is the abstract `TrainState`. Arguments are `parameters`, `optimizer` and `batch`, with the step's number
     and the like. `results` take no argument's place, as the step's figures. The sum is `plan.peak`.
     """
-    parameters, optimizer = memory.bytes_on_device(state.params), memory.bytes_on_device(state.optimizer)
+    parameters, optimizer = memory.bytes_on_device(state.variables), memory.bytes_on_device(state.optimizer)
     batch = plan.arguments - parameters - optimizer
     weights = {(x.dtype.name, memory.dims_on_device(x)) for x in jax.tree.leaves(state.params)}
     arguments = {"parameters": parameters, "optimizer": optimizer, "batch": batch}

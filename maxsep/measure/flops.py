@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep.config import ModelConfig
 from maxsep.config.cluster import PRECISIONS
+from maxsep.config.matrices import matrices, sizes
 
 
 def _tpu(bfloat16: float) -> tuple[float, float, float, None]:
@@ -60,14 +61,9 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     the embedding's look-up, norms, softmax and what rematerialisation repeats count nothing (MFU as in PaLM,
     arXiv:2204.02311, appendix B, but causal).
     """
-    width = model.heads * model.head_size
-    projections = 2 * model.d_model * (width + model.n_kv_heads * model.head_size)
-    scores = 2 * width * sequence_length / 2
-    router = model.d_model * model.experts
-    matrices = 3 if model.activation == "swiglu" else 2
-    experts = model.top_k * matrices * model.d_model * model.d_ff
-    head = model.d_model * model.vocab_size
-    return 3 * 2 * (model.layers * (projections + scores + router + experts) + head)
+    multiplied = sum(matrix.used * matrix.size(sizes(model)) for matrix in matrices(model))
+    scores = model.layers * 2 * model.heads * model.head_size * sequence_length / 2
+    return 3 * 2 * (multiplied + scores)
 
 
 def peak_flops(device: jax.Device, products: str) -> float | None:

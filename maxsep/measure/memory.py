@@ -22,9 +22,12 @@ def dims_on_device(x) -> tuple[int, ...]:
 
 
 def of_state(state) -> dict[str, int]:
-    """Bytes a device of a `TrainState`, and of its gradients: they are summed where they arise, one for each weight."""
-    weights = bytes_on_device(state.params)
-    return {"weights": weights, "gradients": weights, "optimizer": bytes_on_device(state.optimizer)}
+    """Bytes a device of a `TrainState`, and of its gradients: they are summed where they arise, one for each weight.
+
+    Buffers count as weights.
+    """
+    gradients, optimizer = bytes_on_device(state.params), bytes_on_device(state.optimizer)
+    return {"weights": bytes_on_device(state.variables), "gradients": gradients, "optimizer": optimizer}
 
 
 def of_program(compiled) -> dict[str, int] | None:

@@ -1,46 +1,66 @@
-"""Causal grouped-query attention, heads split by the layout's `h`."""
+"""Causal grouped-query attention, heads split by the layout's `h`.
+
+What the rest of the program asks of an attention: `train`, `prefill` and `decode`, an empty cache, and how it is split.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from maxsep.config import ModelConfig
-from maxsep.model.kv_cache import KeysValues, Window
-from maxsep.model.layers import normal, rotate, use
+from maxsep.config import ConfigError, ModelConfig
+from maxsep.kernels import nvidia
+from maxsep.model.kv_cache import KeysValues, Prompts, Window
+from maxsep.model.layers import rotate
+from maxsep.model.parameters import Parameters, use
 from maxsep.model.qk_norm import QKNorm
 from maxsep.parallel import collectives
-from maxsep.parallel.layout import Layout
 
 # Without a fused kernel, queries come in at most MOST_BLOCKS blocks (each is compiled) of LEAST_QUERIES or more.
 LEAST_QUERIES, MOST_BLOCKS = 64, 16
 
 
 class Attention(nnx.Module):
-    """Projections and attention of all layers, stacked on the first dimension."""
+    """Projections and attention of one layer."""
 
-    def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, kernel: str, dtype):
-        L, D, H, K, Q = model.layers, model.d_model, model.heads, model.n_kv_heads, model.head_size
-        self.wq_ldhq = normal(rngs, layout, "ldhq", (L, D, H, Q), D**-0.5, dtype)
-        self.wk_ldkq = normal(rngs, layout, "ldkq", (L, D, K, Q), D**-0.5, dtype)
-        self.wv_ldkq = normal(rngs, layout, "ldkq", (L, D, K, Q), D**-0.5, dtype)
+    split = KeysValues("bh", "bh")  # the letters of a cache's first dimensions
+
+    def __init__(self, parameters: Parameters, model: ModelConfig, kernel: str):
+        D, width = model.d_model, model.heads * model.head_size
+        self.wq_dhq = parameters.normal("dhq", D**-0.5)
+        self.wk_dkq = parameters.normal("dkq", D**-0.5)
+        self.wv_dkq = parameters.normal("dkq", D**-0.5)
         # Residual branches start small enough that 2 L of them add up to the scale of one (Radford et al. 2019).
-        self.wo_lhqd = normal(rngs, layout, "lhqd", (L, H, Q, D), (H * Q * 2 * L) ** -0.5, dtype)
+        self.wo_hqd = parameters.normal("hqd", (width * 2 * model.layers) ** -0.5)
         if model.qk_norm != "none":
-            self.q_norm, self.k_norm = (QKNorm(layout, model, letter, dtype) for letter in "hk")
-        self.layout, self.kernel, self.theta = layout, kernel, model.rope_theta
+            self.q_norm, self.k_norm = (QKNorm(parameters, model, letter) for letter in "hk")
+        self.layout, self.kernel, self.theta = parameters.layout, kernel, model.rope_theta
         self.normed, self.limit = model.qk_norm != "none", model.clip_qkv
-        self.group = H // K  # query heads that share a key/value head
+        self.group = model.heads // model.n_kv_heads  # query heads that share a key/value head
+        # Key/value heads that a device keeps: those that its query heads need, some of which others may keep too.
+        heads = max(1, model.heads // self.layout.ways("h") // self.group)
+        self.kept = heads, model.head_size, model.dtype
 
-    def __call__(self, x_bsd: jax.Array, segments_bs: jax.Array | None) -> jax.Array:
+    def train(self, x_bsd: jax.Array, segments_bs: jax.Array | None) -> jax.Array:
         """[b, s, D] -> [b, s, D]. `segments_bs` [b, S] numbers documents; None: attend across them."""
-        return self.prefill(x_bsd, segments_bs)[0]
+        return self._whole(x_bsd, segments_bs)[0]
 
-    def prefill(self, x_bsd: jax.Array, segments_bs: jax.Array | None):
-        """As a call; also the keys and values [b, S, k, q] of whole sequences, of the heads that this device has."""
+    def prefill(self, x_bsd: jax.Array, prompts: Prompts) -> tuple[jax.Array, KeysValues]:
+        """As `train`, of prompts; also a cache with the keys and values of the heads that this device has."""
+        y_bsd, k_bskq, v_bskq = self._whole(x_bsd, prompts.segments_bs)
+        return y_bsd, KeysValues.of_prompts(prompts, k_bskq, v_bskq)
+
+    def empty(self, rows: int, slots: int) -> KeysValues:
+        """A cache of this device's heads, of so many sequences."""
+        heads, size, dtype = self.kept
+        zeros = jnp.zeros((rows, heads, slots, size), dtype)
+        return KeysValues(zeros, zeros)
+
+    def _whole(self, x_bsd: jax.Array, segments_bs: jax.Array | None):
+        """What attention makes of whole sequences, and their keys and values [b, S, k, q]."""
         q_bshq, k_bskq, v_bskq = self._heads(x_bsd)
         attend = fused_attention if self.kernel == "cudnn" else blocked_attention
-        return self._out(attend(q_bshq, k_bskq, v_bskq, segments_bs)), (k_bskq, v_bskq)
+        return self._out(attend(q_bshq, k_bskq, v_bskq, segments_bs)), k_bskq, v_bskq
 
     def decode(self, x_b1d: jax.Array, cache: KeysValues, slot: jax.Array, window: Window):
         """One token of each sequence, [b, 1, D] -> [b, 1, D], and the cache with its keys and values in `slot`."""
@@ -55,8 +75,8 @@ class Attention(nnx.Module):
         """Queries, keys and values of this device's heads, of whole sequences."""
         dtype = x_bsd.dtype
         x_bsd = self.layout.join(x_bsd, self.layout.axes("h"))
-        wq = use(self.wq_ldhq, dtype)
-        wk, wv = (self._own_heads(use(w, dtype), wq.shape[1], 1) for w in (self.wk_ldkq, self.wv_ldkq))
+        wq = use(self.wq_dhq, dtype)
+        wk, wv = (self._own_heads(use(w, dtype), wq.shape[1], 1) for w in (self.wk_dkq, self.wv_dkq))
         q_bshq = jnp.einsum("bsd,dhq->bshq", x_bsd, wq)
         k_bskq, v_bskq = (jnp.einsum("bsd,dkq->bskq", x_bsd, w) for w in (wk, wv))
         if self.normed:
@@ -67,7 +87,7 @@ class Attention(nnx.Module):
         return rotate(q_bshq, self.theta, position_bs), rotate(k_bskq, self.theta, position_bs), v_bskq
 
     def _out(self, y_bshq: jax.Array) -> jax.Array:
-        wo = use(self.wo_lhqd, y_bshq.dtype)
+        wo = use(self.wo_hqd, y_bshq.dtype)
         return self.layout.part(jnp.einsum("bshq,hqd->bsd", y_bshq, wo), self.layout.axes("h"))
 
     def _own_heads(self, w: jax.Array, queries: int, dim: int) -> jax.Array:
@@ -77,6 +97,27 @@ class Attention(nnx.Module):
         # Fewer queries than a group share one head.
         first = collectives.index(self.layout.axes("h")) * queries // self.group
         return lax.dynamic_slice_in_dim(w, first, max(1, queries // self.group), axis=dim)
+
+
+def attention_kernel(model: ModelConfig, platform: str) -> str:
+    """What `model.attention_kernel` means on `platform`: with `auto`, cuDNN's kernel where it can run, else XLA.
+
+    Raises:
+        ConfigError: cudnn is asked for where it cannot run.
+    """
+    if model.attention_kernel == "xla":
+        return "xla"
+    # cuDNN's flash attention takes 16-bit numbers, and heads of multiples of 8 up to 128 on every GPU since Ampere.
+    obstacle = nvidia.obstacle(platform)
+    if model.dtype != "bfloat16":
+        obstacle = obstacle or f"model.dtype is {model.dtype}"
+    if model.head_size % 8 or model.head_size > 128:
+        obstacle = obstacle or f"heads have size {model.head_size}, no multiple of 8 up to 128"
+    if obstacle is None:
+        return "cudnn"
+    if model.attention_kernel == "cudnn":
+        raise ConfigError(f"model.attention_kernel: got cudnn, but {obstacle}; takes xla or auto")
+    return "xla"
 
 
 def fused_attention(q_bshq, k_bskq, v_bskq, segments_bs):

@@ -157,9 +157,9 @@ def room_of(tokens: int, top_n: int, local: int, peers: int, factor: float) -> i
 def at_home(x_td: jax.Array, ids_tn: jax.Array, experts: Experts, axes: Axes, layer: int) -> jax.Array:
     """Results [T, N, D] of the choices of this device's experts, zeros for the others: nothing is sent.
 
-    For inference; `experts` has the weights of all layers.
+    For inference; `experts` has the weights of all layers of the segment, [l, E, ...].
     """
-    local = experts.w_in_ledf.shape[1]
+    local = experts.w_in_edf.shape[1]
     ids_tn = ids_tn - collectives.index(axes) * local
     mine_tn = (ids_tn >= 0) & (ids_tn < local)
     order, rank, count_e = (a[0] for a in _sort(jnp.where(mine_tn, ids_tn, local).reshape(1, -1), local + 1))

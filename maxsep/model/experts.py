@@ -12,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxsep.config import ModelConfig
 from maxsep.kernels import DTYPES, nvidia
-from maxsep.model.layers import normal, use
+from maxsep.model.activation import activate
+from maxsep.model.parameters import Parameters, use
 from maxsep.parallel import collectives
-from maxsep.parallel.layout import Layout
 
 BLOCK = 128  # rows of one product in the CPU's dropless path
 BLOCKS, GROUPED, RAGGED = "blocks", "grouped", "ragged_dot"
@@ -29,26 +29,25 @@ Weights = tuple[tuple[jax.Array, ...], jax.Array]  # w_gate and w_in, or w_in [E
 
 
 class Experts(nnx.Module):
-    """Weights of all experts of all layers, and what they compute. Called on one layer's slice, without the L."""
+    """Weights of all experts of a layer, and what they compute."""
 
-    def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, dtype):
-        L, E, D, F = model.layers, model.experts, model.d_model, model.d_ff
-        self.w_in_ledf = normal(rngs, layout, "ledf", (L, E, D, F), D**-0.5, dtype)
+    def __init__(self, parameters: Parameters, model: ModelConfig):
+        self.w_in_edf = parameters.normal("edf", model.d_model**-0.5)
         if model.activation == "swiglu":
-            self.w_gate_ledf = normal(rngs, layout, "ledf", (L, E, D, F), D**-0.5, dtype)
-        self.w_out_lefd = normal(rngs, layout, "lefd", (L, E, F, D), (F * 2 * L) ** -0.5, dtype)
-        self.activation, self.kernel = model.activation, kernel(model, layout.platform)
+            self.w_gate_edf = parameters.normal("edf", model.d_model**-0.5)
+        self.w_out_efd = parameters.normal("efd", (model.d_ff * 2 * model.layers) ** -0.5)
+        self.activation, self.kernel = model.activation, kernel(model, parameters.layout.platform)
 
     @jax.named_scope("experts")
     def _weights(self, dtype) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        inputs = (self.w_gate_ledf, self.w_in_ledf) if self.activation == "swiglu" else (self.w_in_ledf,)
-        return tuple(use(w, dtype) for w in inputs), use(self.w_out_lefd, dtype)
+        inputs = (self.w_gate_edf, self.w_in_edf) if self.activation == "swiglu" else (self.w_in_edf,)
+        return tuple(use(w, dtype) for w in inputs), use(self.w_out_efd, dtype)
 
     @jax.named_scope("experts")
     def padded(self, x_ecd: jax.Array, share_ec: jax.Array) -> jax.Array:
         """[E, C, D] -> [E, C, D], times `share_ec`: as many rows for each of this device's experts."""
         inputs, w_out = self._weights(x_ecd.dtype)
-        h = _activate(self.activation, *(jnp.einsum("ecd,edf->ecf", x_ecd, w) for w in inputs))
+        h = activate(self.activation, *(jnp.einsum("ecd,edf->ecf", x_ecd, w) for w in inputs))
         return jnp.einsum("ecf,efd->ecd", _weighted(h, share_ec[..., None]), w_out)
 
     def grouped(self, dtype) -> tuple[Callable, Weights]:
@@ -61,7 +60,10 @@ class Experts(nnx.Module):
 
     @jax.named_scope("experts")
     def used(self, x_rd: jax.Array, rows_e: jax.Array, layer: int) -> jax.Array:
-        """Rows as for `grouped`, for inference, with all layers' weights, of which those are read that are used."""
+        """Rows as for `grouped`, for inference: the weights are those of all layers of the segment, [l, E, ...].
+
+        Of `layer`, counted in the segment, those are read that are used.
+        """
         inputs, w_out = self._weights(x_rd.dtype)
         chosen = form(self.kernel, x_rd.shape[0], rows_e.size)
         return product(chosen, self.activation, x_rd, rows_e, inputs, w_out, layer)
@@ -102,7 +104,7 @@ def _grouped(
     def dot(x_rk, w_ekn):
         return checkpoint_name(of_rows(x_rk, w_ekn, rows_e), PRODUCT)
 
-    h = _activate(activation, *(dot(x_rd, w) for w in inputs))
+    h = activate(activation, *(dot(x_rd, w) for w in inputs))
     return dot(_weighted(h, share_r[:, None]), w_out)
 
 
@@ -135,7 +137,7 @@ def product(form: int | str, activation: str, x_rd, rows_e, inputs, w_out, layer
         # Of all layers' experts, so that the layer's are not copied; those without rows are not read.
         return grouped_rows(x, w.reshape(-1, *w.shape[2:]), rows_e, first=layer * rows_e.size)
 
-    return dot(_activate(activation, *(dot(x_rd, w) for w in inputs)), w_out)
+    return dot(activate(activation, *(dot(x_rd, w) for w in inputs)), w_out)
 
 
 def _by_block(size: int, activation, x_rd, rows_e, inputs, w_out, layer):
@@ -154,41 +156,16 @@ def _by_block(size: int, activation, x_rd, rows_e, inputs, w_out, layer):
             return lax.dynamic_slice(w, tuple(start), (1, 1, *w.shape[2:]))[0, 0]
 
         row = lax.dynamic_slice_in_dim(x, at, size)
-        h = _activate(activation, *(row @ of_expert(w) for w in inputs))
+        h = activate(activation, *(row @ of_expert(w) for w in inputs))
         # It may run into the next expert's rows, which that overwrites in turn.
         return lax.dynamic_update_slice_in_dim(y, h @ of_expert(w_out), at, axis=0)
 
     return lax.fori_loop(0, last_e[-1], block, jnp.zeros_like(x))[: x_rd.shape[0]]
 
 
-def _activate(activation: str, *hidden: jax.Array) -> jax.Array:
-    if activation == "swiglu":
-        gate, up = hidden
-        return jax.nn.silu(gate) * up
-    return _gelu(*hidden)
-
-
 def _weighted(h: jax.Array, share: jax.Array) -> jax.Array:
     """Hidden rows times their shares, which are float32 or wider, as is the sum that is their gradient."""
     return (h.astype(share.dtype) * share).astype(h.dtype)
-
-
-@jax.custom_jvp
-def _gelu(x: jax.Array) -> jax.Array:
-    """x × the normal distribution's cumulative function (Hendrycks and Gimpel 2016), exact."""
-    return x * _normal_cdf(x)
-
-
-@_gelu.defjvp
-def _gelu_jvp(primals, tangents):
-    # JAX 0.12 cannot differentiate erfc inside `shard_map`.
-    (x,), (dx,) = primals, tangents
-    cdf = _normal_cdf(x)
-    return x * cdf, dx * (cdf + x * jnp.exp(-jnp.square(x) / 2) * (2 * math.pi) ** -0.5)
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    return lax.erfc(-x * 0.5**0.5) / 2
 
 
 def _plan(rows_e: jax.Array):
@@ -230,7 +207,7 @@ def _blocked_fwd(activation, x_rd, share_r, rows_e, inputs, w_out):
             at = start + i * BLOCK
             row = _rows(x, at)
             h = tuple(row @ w for w in w_in)
-            out = _weighted(_activate(activation, *h), _rows(share, at)) @ w_o
+            out = _weighted(activate(activation, *h), _rows(share, at)) @ w_o
             return _put(y, out, at), tuple(map(lambda b, v: _put(b, v, at), hidden, h))
 
         return lax.fori_loop(0, n, block, carry), None
@@ -253,7 +230,7 @@ def _blocked_bwd(activation, residuals, g_rd):
             own = (i * BLOCK + jnp.arange(BLOCK) < rows)[:, None]  # the next expert's rows are not this one's gradient
             row, g_row = _rows(x, at), jnp.where(own, _rows(g, at), 0)
             weighted, pull = jax.vjp(
-                lambda share, *h: _weighted(_activate(activation, *h), share),
+                lambda share, *h: _weighted(activate(activation, *h), share),
                 _rows(share, at),
                 *(_rows(h, at) for h in hidden),
             )

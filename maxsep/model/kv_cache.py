@@ -10,8 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxsep.config import ModelConfig
-from maxsep.parallel.layout import Layout
+
+class Prompts(NamedTuple):
+    """What attention has to know of a batch of prompts, which begin at 0."""
+
+    segments_bs: jax.Array | None  # the number of each token's document; None: tokens attend across them
+    pad_b: jax.Array  # int32, empty slots before each in the cache
+    slots: int  # of the cache
 
 
 class Window(NamedTuple):
@@ -28,20 +33,14 @@ class KeysValues(NamedTuple):
     v_bktq: jax.Array
 
     @classmethod
-    def of_prompts(cls, slots: int, pad_b: jax.Array, k_bskq: jax.Array, v_bskq: jax.Array) -> "KeysValues":
-        """A cache of `slots` slots with the keys and values of prompts that begin at 0."""
-        return cls(*(_aligned(slots, pad_b, x_bskq) for x_bskq in (k_bskq, v_bskq)))
+    def of_prompts(cls, prompts: Prompts, k_bskq: jax.Array, v_bskq: jax.Array) -> "KeysValues":
+        """A cache with the keys and values of prompts."""
+        return cls(*(_aligned(prompts.slots, prompts.pad_b, x_bskq) for x_bskq in (k_bskq, v_bskq)))
 
     def put(self, slot: jax.Array, k_b1kq: jax.Array, v_b1kq: jax.Array) -> "KeysValues":
         """With one token's keys and values in `slot`."""
         new = zip(self, (k_b1kq, v_b1kq), strict=True)
         return KeysValues(*(lax.dynamic_update_slice_in_dim(x, y.swapaxes(1, 2), slot, axis=2) for x, y in new))
-
-
-def heads(model: ModelConfig, layout: Layout) -> int:
-    """Key/value heads that a device keeps: those that its query heads need, some of which others may keep too."""
-    group = model.heads // model.n_kv_heads
-    return max(1, model.heads // layout.ways("h") // group)
 
 
 def _aligned(slots: int, pad_b: jax.Array, x_bskq: jax.Array) -> jax.Array:

@@ -9,8 +9,9 @@ from flax import nnx
 from maxsep.config import ModelConfig
 from maxsep.model import dispatch
 from maxsep.model.experts import Experts
-from maxsep.model.router import Router
-from maxsep.parallel.layout import Layout
+from maxsep.model.parameters import Parameters
+from maxsep.model.router import Router, Statistics
+from maxsep.parallel import collectives
 
 
 class MoEStats(NamedTuple):
@@ -24,14 +25,14 @@ class MoEStats(NamedTuple):
 
 
 class MoE(nnx.Module):
-    """Weights of all layers; called on one layer's slice."""
+    """A router and its experts."""
 
-    def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, dtype):
-        self.router = Router(rngs, layout, model, dtype)
-        self.experts = Experts(rngs, layout, model, dtype)
-        self.layout, self.model = layout, model
+    def __init__(self, parameters: Parameters, model: ModelConfig):
+        self.router = Router(parameters, model)
+        self.experts = Experts(parameters, model)
+        self.layout, self.model = parameters.layout, model
 
-    def __call__(self, x_bsd: jax.Array, token_bs: jax.Array, dropout_key: jax.Array | None):
+    def train(self, x_bsd: jax.Array, token_bs: jax.Array, dropout_key: jax.Array | None):
         """[b, s, D] -> [b, s, D] and `MoEStats`.
 
         `token_bs` numbers this device's tokens in the global batch, for `dropout_key`'s masks; no key, no dropout.
@@ -39,7 +40,8 @@ class MoE(nnx.Module):
         layout, model = self.layout, self.model
         x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
         with jax.named_scope("router"):
-            routing = self.router(x_td)
+            routing = self.router.topk(x_td)
+            load_balancing, router_z, load_e = self._losses(routing.statistics, x_td.shape[0])
         with jax.named_scope("dispatch"):
             # Devices that split the experts' hidden size take the tokens of all of them: each has a part of every sum.
             together = layout.axes("f")
@@ -65,29 +67,40 @@ class MoE(nnx.Module):
             y_bsd = layout.part(y_td.reshape(*token_bs.shape, -1), together)
         apart, along = layout.token_axes, layout.in_stage
         stats = MoEStats(
-            layout.total(routing.load_balancing, apart, along),
-            layout.total(routing.router_z, apart, along),
-            routing.load_e,
+            layout.total(load_balancing, apart, along),
+            layout.total(router_z, apart, along),
+            load_e,
             layout.total(dropped, tuple(axis for axis in apart if axis not in together), along),
             rounds,
         )
         return y_bsd, stats
 
-    def chosen(self, x_bsd: jax.Array, real_bs: jax.Array, layer: int) -> jax.Array:
-        """[b, s, D] -> [b, s, D] for inference: no token is dropped, and `real_bs` says which are none of our padding.
+    def _losses(self, statistics: Statistics, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """This device's share of both losses, unscaled, and the load of each expert over all devices."""
+        model, wide = self.model, statistics.probability_e.dtype
+        load_e = self.layout.total(statistics.load_e, self.layout.token_axes, self.layout.in_stage)
+        tokens *= collectives.size(self.layout.token_axes)
+        # Switch Transformer (Fedus et al. 2021), equation 4, with the choices of all tokens of the micro-batch:
+        # experts × Σ share of choices × mean probability, 1 when balanced.
+        share_e = load_e.astype(wide) / (tokens * model.top_k)
+        balancing = model.experts * jnp.dot(share_e, statistics.probability_e / tokens)
+        return balancing, statistics.z / tokens, load_e  # the z-loss is ST-MoE's (Zoph et al. 2022), equation 5
 
-        The experts' weights are those of all layers, of which only the chosen experts' of `layer` are read. Devices
-        that share experts bring their tokens together; each computes what its experts make of them.
+    def infer(self, x_bsd: jax.Array, real_bs: jax.Array, layer: int) -> jax.Array:
+        """[b, s, D] -> [b, s, D]: no token is dropped, and `real_bs` says which are none of our padding.
+
+        The experts' weights are those of all layers of the segment, of which only the chosen experts' of `layer` are
+        read. Devices that share experts bring their tokens together; each computes what its experts make of them.
         """
         layout = self.layout
         x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
         with jax.named_scope("router"):
-            choice = self.router.choose(x_td)
-            ids_tn = jnp.where(real_bs.reshape(-1, 1), choice.ids_tn, self.model.experts)  # to no expert
+            routing = self.router.topk(x_td)
+            ids_tn = jnp.where(real_bs.reshape(-1, 1), routing.ids_tn, self.model.experts)  # to no expert
         axes = layout.axes("e") + layout.axes("f")
         with jax.named_scope("dispatch"):
             shape = x_bsd.shape[:2]
-            joined = [layout.join(of_t.reshape(*shape, -1), axes) for of_t in (x_td, ids_tn, choice.weights_tn)]
+            joined = [layout.join(of_t.reshape(*shape, -1), axes) for of_t in (x_td, ids_tn, routing.weights_tn)]
             x_td, ids_tn, weights_tn = (of_bs.reshape(-1, of_bs.shape[-1]) for of_bs in joined)
             y_tnd = dispatch.at_home(x_td, ids_tn, self.experts, layout.axes("e"), layer)
             y_td = jnp.einsum("tn,tnd->td", weights_tn.astype(y_tnd.dtype), y_tnd)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxsep.config import ModelConfig
+from maxsep.model.parameters import Parameters
 from maxsep.parallel import collectives
-from maxsep.parallel.layout import Layout
 
 
 class QKNorm(nnx.Module):
@@ -19,20 +19,16 @@ class QKNorm(nnx.Module):
     squares.
 
     Args:
-        layout: where heads lie.
+        parameters: declares the scales.
         model: the model's config.
         letter: of what is normalised: `h` for queries, `k` for keys.
-        dtype: of the weights beside it.
     """
 
-    def __init__(self, layout: Layout, model: ModelConfig, letter: str, dtype):
-        self.heads = {"h": model.heads, "k": model.n_kv_heads}[letter]
+    def __init__(self, parameters: Parameters, model: ModelConfig, letter: str):
+        self.heads = parameters.sizes[letter]
         self.together = model.qk_norm == "all"
-        letters, sizes = ("l-", ()) if not self.together else (f"l{letter}-", (self.heads,))
-        shape = (model.layers, *sizes, model.head_size)
-        wide = jnp.promote_types(dtype, jnp.float32)
-        self.scale = nnx.Param(jnp.ones(shape, wide, out_sharding=layout.spec(letters)))
-        self.eps, self.axes = model.norm_eps, layout.axes("h")
+        self.scale = parameters.ones(f"{letter}q" if self.together else "q")
+        self.eps, self.axes = model.norm_eps, parameters.layout.axes("h")
 
     def __call__(self, x_bshq: jax.Array, own: Callable[[jax.Array], jax.Array] = lambda scale: scale) -> jax.Array:
         """[b, s, h, Q] -> [b, s, h, Q], of this device's heads; `own` takes their scales from all of them."""

@@ -1,7 +1,8 @@
-"""The transformer: embedding, blocks of attention and MoE, output head.
+"""The transformer: embedding, segments of layers, output head.
 
-The modules hold the parameters, as plain Flax NNX pytrees, layers stacked on the first dimension. Calls happen inside
-the train step's `jax.shard_map`: arrays are one device's part, and what is sent is sent by `collectives`.
+The modules hold the parameters, as plain Flax NNX pytrees: those of a segment's layers stacked on the first dimension,
+or each layer's own. Calls happen inside the train step's `jax.shard_map`: arrays are one device's part, and what is
+sent is sent by `collectives`.
 """
 
 from collections.abc import Callable
@@ -12,58 +13,56 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from maxsep.config import ConfigError, ModelConfig
-from maxsep.kernels import nvidia
+from maxsep.config import ModelConfig
+from maxsep.config.matrices import sizes
+from maxsep.config.segments import Segment, segments
 from maxsep.model import head
-from maxsep.model.attention import Attention
-from maxsep.model.experts import PRODUCT
-from maxsep.model.layers import Cast, Embedding, RMSNorm, normal, use
-from maxsep.model.moe import MoE, MoEStats
+from maxsep.model.attention import attention_kernel
+from maxsep.model.block import Block, rematerialised, unstack
+from maxsep.model.layers import Embedding, RMSNorm
+from maxsep.model.moe import MoEStats
+from maxsep.model.parameters import Parameters, use
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.pipeline import in_turn, pipelined
-
-
-class Block(nnx.Module):
-    """Attention and MoE, each after a norm and added to what came in."""
-
-    def __init__(self, rngs: nnx.Rngs, layout: Layout, model: ModelConfig, kernel: str, dtype):
-        self.attention_norm = RMSNorm(layout, (model.layers,), model.d_model, model.norm_eps, dtype)
-        self.attention = Attention(rngs, layout, model, kernel, dtype)
-        self.moe_norm = RMSNorm(layout, (model.layers,), model.d_model, model.norm_eps, dtype)
-        self.moe = MoE(rngs, layout, model, dtype)
-
-    def __call__(self, x_bsd, segments_bs, token_bs, dropout_key):
-        with jax.named_scope("attention"):
-            x_bsd += self.attention(self.attention_norm(x_bsd), segments_bs)
-        with jax.named_scope("moe"):
-            y_bsd, stats = self.moe(self.moe_norm(x_bsd), token_bs, dropout_key)
-        return x_bsd + y_bsd, stats
 
 
 class Losses(NamedTuple):
     """Sums over micro-batches, of figures over all devices."""
 
     cross_entropy: jax.Array  # sum over targets, nats
-    stats: MoEStats  # with a leading dimension, of this stage's layers
+    stats: MoEStats  # with a leading dimension, of this stage's layers that have experts
 
 
 class Transformer(nnx.Module):
     """Parameters in float32 (float64 for a float64 run), computation in `model.dtype`.
 
-    `ids`: those of the tokenizer, from 0; with `model.mask_unused_ids` only they have a probability. `dtype`: of the
-    matrices; norms and routers stay float32 or wider.
+    New, it is declared alone: its parameters are shapes with shardings on the mesh that is set.
+
+    Args:
+        model: its config.
+        layout: where its parameters and tokens lie.
+        ids: those of the tokenizer, from 0; with `model.mask_unused_ids` only they have a probability.
+        dtype: of the matrices; norms and routers stay float32 or wider.
+        apart: not stacked, but a list of each segment's layers in a stage, as `infer` takes them.
     """
 
-    def __init__(self, rngs: nnx.Rngs, model: ModelConfig, layout: Layout, ids: int, dtype=None):
+    def __init__(self, model: ModelConfig, layout: Layout, ids: int, dtype=None, apart: bool = False):
         dtype = jnp.promote_types(model.dtype, jnp.float32) if dtype is None else dtype
+        parameters = Parameters(layout, sizes(model) | {"v": model.padded_vocab_size}, dtype)
         kernel = attention_kernel(model, layout.platform)
-        self.embedding = Embedding(rngs, layout, model.padded_vocab_size, model.d_model, dtype)
-        self.blocks = Block(rngs, layout, model, kernel, dtype)
-        self.final_norm = RMSNorm(layout, (), model.d_model, model.norm_eps, dtype)
+
+        def layers(segment: Segment) -> Block | nnx.List:
+            if not apart:
+                return Block(parameters.stacked(segment.layers), model, segment.feed_forward, kernel)
+            own = range(segment.layers // layout.ways("l"))
+            return nnx.List([Block(parameters, model, segment.feed_forward, kernel) for _ in own])
+
+        self.embedding = Embedding(parameters)
+        self.segments = nnx.Dict({segment.feed_forward: layers(segment) for segment in segments(model)})
+        self.final_norm = RMSNorm(parameters, model.norm_eps)
         if not model.tied_embedding:
-            rows = (model.padded_vocab_size, model.d_model)
-            self.head_vd = normal(rngs, layout, "vd", rows, model.d_model**-0.5, dtype)
+            self.head_vd = parameters.normal("vd", model.d_model**-0.5)
         self.layout, self.model, self.ids = layout, model, ids if model.mask_unused_ids else model.vocab_size
 
     def losses(self, batch_abt: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None) -> Losses:
@@ -81,7 +80,8 @@ class Transformer(nnx.Module):
                 return self.embedding(tokens_abs[number], self.model.dtype)
 
         # Taken apart here, once: a pipeline would keep what it makes of the weights for each micro-batch.
-        blocks = self.blocks if self.model.scan_layers else unstack(self.blocks)
+        taken = (lambda block: block) if self.model.scan_layers else unstack
+        blocks = {name: taken(block) for name, block in self.segments.items()}
 
         def layers(x_bsd, number):
             row = first_row + number * (b * layout.ways("b"))
@@ -93,9 +93,9 @@ class Transformer(nnx.Module):
             return Losses(layout.total(nll, layout.token_axes + axes), stats)
 
     def layers(self, blocks, x_bsd: jax.Array, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text):
-        """This device's layers: [b, s, D] -> [b, s, D] and their `MoEStats`.
+        """This device's layers: [b, s, D] -> [b, s, D] and the `MoEStats` of those that have experts.
 
-        `blocks` are stacked, or a list of each; `tokens_bs` [b, S] are whole sequences.
+        `blocks` of each segment are stacked, or a list; `tokens_bs` [b, S] are whole sequences.
         """
         model, layout = self.model, self.layout
         b, s = tokens_bs.shape
@@ -108,41 +108,45 @@ class Transformer(nnx.Module):
         def block(x_bsd, layer):
             block, number = layer
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
-            return block(x_bsd, segments_bs, token_bs, key)
+            return block.train(x_bsd, segments_bs, token_bs, key)
 
-        block = rematerialised(block, model, layout)
-        count = model.layers // layout.ways("l")
-        numbers = collectives.index(layout.axes("l")) * count + jnp.arange(count)
-        if model.scan_layers:
+        block, statistics = rematerialised(block, model, layout), []
+        for segment in segments(model):
+            own = segment.layers // layout.ways("l")
+            numbers = segment.first + collectives.index(layout.axes("l")) * own + jnp.arange(own)
+            x_bsd, found = self._segment(block, x_bsd, blocks[segment.feed_forward], numbers)
+            statistics += [] if found is None else [found]
+        return x_bsd, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics)
+
+    def _segment(self, block: Callable, x_bsd: jax.Array, blocks, numbers: jax.Array):
+        """One segment's layers, the first dimension of their statistics."""
+        if self.model.scan_layers:
             return lax.scan(block, x_bsd, (blocks, numbers))
         layers = []
         for at, one in enumerate(blocks):
-            if layout.ways("w") > 1:
+            if self.layout.ways("w") > 1:
                 # Else XLA gathers all layers' weights before the loop over micro-batches, and keeps them.
                 x_bsd, one = lax.optimization_barrier((x_bsd, one))
-            x_bsd, layer_stats = block(x_bsd, (one, numbers[at]))
-            layers.append(layer_stats)
+            x_bsd, found = block(x_bsd, (one, numbers[at]))
+            layers.append(found)
         return x_bsd, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
-    def infer(self, blocks: list[Block], x_bsd: jax.Array, real_bs: jax.Array, attend: Callable, kept: list):
-        """All layers for inference: [b, s, D] -> [b, s, D], and what each of this stage's layers keeps.
+    @property
+    def blocks(self) -> list[tuple[int, Block]]:
+        """This stage's layers in order, each with its number in its segment; of a model whose layers are apart."""
+        return [at for segment in segments(self.model) for at in enumerate(self.segments[segment.feed_forward])]
 
-        Args:
-            blocks: this stage's layers, each with the experts' weights of all of them.
-            x_bsd: embedded tokens.
-            real_bs: which of them are none of our padding.
-            attend: an `Attention`, its input and what was kept -> its output and what is to be kept.
-            kept: of each layer.
+    def infer(self, x_bsd: jax.Array, real_bs: jax.Array, attend: Callable, kept: list):
+        """All layers for inference: [b, s, D] -> [b, s, D], and what the attention of each of this stage's keeps.
+
+        Of a model whose layers are apart, with the experts' weights of all of a segment's in each; the arguments are
+        those of `Block.infer`, `kept` for each layer.
         """
 
         def layers(x_bsd, kept):
             new = []
-            for number, (block, before) in enumerate(zip(blocks, kept, strict=True)):
-                with jax.named_scope("attention"):
-                    y_bsd, after = attend(block.attention, block.attention_norm(x_bsd), before)
-                    x_bsd += y_bsd
-                with jax.named_scope("moe"):
-                    x_bsd += block.moe.chosen(block.moe_norm(x_bsd), real_bs, number)
+            for (number, block), before in zip(self.blocks, kept, strict=True):
+                x_bsd, after = block.infer(x_bsd, real_bs, number, attend, before)
                 new.append(after)
             return x_bsd, new
 
@@ -187,71 +191,3 @@ def documents(tokens_bs: jax.Array, end_of_text: int | None) -> jax.Array | None
         return None
     ends = (tokens_bs == end_of_text).astype(jnp.int32)
     return jnp.cumsum(ends, axis=1) - ends  # an end of text belongs to the document it ends
-
-
-def casts(params: dict, dtype) -> dict:
-    """The matrices of attention and experts in `dtype`, for `with_casts`; None for all else."""
-
-    def cast(path, w):
-        return w.astype(dtype) if path[0].key == "blocks" and w.ndim == 4 else None
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def with_casts(params: dict, casts: dict) -> dict:
-    """Parameters that `use` takes in their `casts`; their gradients are those of the parameters."""
-    return jax.tree.map(lambda w, cast: w if cast is None else Cast(w, cast), params, casts)
-
-
-def rematerialised(block: Callable, model: ModelConfig, layout: Layout) -> Callable:
-    """`block`, which keeps for its backward pass what `model.remat` says."""
-    policy = None
-    if model.remat == "dots":
-        # Products, and what was received: else it is sent again. But no weights gathered from their parts.
-        received = ("all_to_all", "reduce_scatter") + ("all_gather",) * (layout.ways("w") == 1)
-
-        def policy(primitive, *args, **params):
-            if primitive.name == "name":
-                return params["name"] == PRODUCT
-            return primitive.name in received or jax.checkpoint_policies.dots_saveable(primitive, *args, **params)
-
-    if model.remat == "none":
-        # All but what is made of weights: a layer's from their parts, and casts, which a pipeline would keep each tick.
-        again = ("all_gather",) * (layout.ways("w") > 1) + ("convert_element_type",) * (layout.ways("l") > 1)
-        if not again:
-            return block
-
-        def policy(primitive, *_, **__):
-            return not primitive.name.startswith(again)
-
-    in_loop = model.scan_layers or layout.ways("l") > 1
-    return jax.checkpoint(block, policy=policy, prevent_cse=not in_loop)
-
-
-def unstack(tree) -> list:
-    """Each layer's slice of stacked parameters; the gradient is one concatenation, not a sum of padded slices."""
-    leaves, treedef = jax.tree.flatten(tree)
-    layers = leaves[0].shape[0]
-    parts = [lax.split(leaf, [1] * layers, axis=0) for leaf in leaves]
-    return [treedef.unflatten(part[layer].squeeze(0) for part in parts) for layer in range(layers)]
-
-
-def attention_kernel(model: ModelConfig, platform: str) -> str:
-    """What `model.attention_kernel` means on `platform`: with `auto`, cuDNN's kernel where it can run, else XLA.
-
-    Raises:
-        ConfigError: cudnn is asked for where it cannot run.
-    """
-    if model.attention_kernel == "xla":
-        return "xla"
-    # cuDNN's flash attention takes 16-bit numbers, and heads of multiples of 8 up to 128 on every GPU since Ampere.
-    obstacle = nvidia.obstacle(platform)
-    if model.dtype != "bfloat16":
-        obstacle = obstacle or f"model.dtype is {model.dtype}"
-    if model.head_size % 8 or model.head_size > 128:
-        obstacle = obstacle or f"heads have size {model.head_size}, no multiple of 8 up to 128"
-    if obstacle is None:
-        return "cudnn"
-    if model.attention_kernel == "cudnn":
-        raise ConfigError(f"model.attention_kernel: got cudnn, but {obstacle}; takes xla or auto")
-    return "xla"

@@ -217,33 +217,35 @@ class Checkpoints:
         """
         return self._restore(abstract_state, step, up_to=up_to)
 
-    def restore_params(self, abstract_params, step: int | None = None, cast: bool = False) -> Restored:
-        """As `restore`, of the state's field `params` alone: nothing else is read. `cast`: into other dtypes too."""
-        return self._restore(abstract_params, step, ("params",), cast)
+    def restore_model(self, abstract: dict[str, dict], step: int | None = None, cast: bool = False) -> Restored:
+        """As `restore`, of the state's fields `params` and `buffers` alone: nothing else is read.
+
+        `abstract` has both; `cast`: into other dtypes too.
+        """
+        return self._restore(abstract, step, ("params", "buffers"), cast)
 
     def _restore(
         self,
         abstract,
         step: int | None,
-        within: tuple[str, ...] = (),
+        fields: tuple[str, ...] = (),
         cast: bool = False,
         up_to: int | None = None,
     ) -> Restored:
-        wanted = {(*within, *path): leaf for path, leaf in tree.named(abstract).items()}
+        wanted = tree.named(abstract)
         damaged = []
         for number in self._existing(step):
             if up_to is not None and number > up_to:
                 continue
             try:
-                arrays, data = self._step(number).whole(wanted, within, cast)
+                arrays, data = self._step(number).whole(wanted, fields, cast)
             except Damaged as e:
                 damaged.append(f"{self._step(number)} is damaged: {e}")
                 self._damaged.add(number)
                 if step is None:
                     say(f"warning: {damaged[-1]}")
                 continue
-            state = tree.like(abstract, {path[len(within) :]: array for path, array in arrays.items()})
-            return Restored(state, data, number)
+            return Restored(tree.like(abstract, arrays), data, number)
         if step is None:
             raise ConfigError(f"workdir: {self.directory} has no checkpoint that is whole: {damaged[0]}")
         raise ConfigError(damaged[0])

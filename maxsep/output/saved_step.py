@@ -65,11 +65,12 @@ class SavedStep:
         """
         return Record.read(self.folder)
 
-    def whole(self, wanted: Shapes, within: tuple[str, ...] = (), cast: bool = False) -> tuple[Arrays, dict]:
-        """The arrays under `within` that are wanted, by path, and the data beside them; compared with what was saved.
+    def whole(self, wanted: Shapes, fields: tuple[str, ...] = (), cast: bool = False) -> tuple[Arrays, dict]:
+        """The arrays that are wanted, by path, and the data beside them; compared with what was saved.
 
         Args:
             wanted: shapes, dtypes and shardings.
+            fields: of the state, of which all are wanted; (): of the whole state.
             cast: the dtypes may be others than those that were saved.
 
         Raises:
@@ -78,7 +79,7 @@ class SavedStep:
             cli.Exit: some process cannot read it, which says nothing about the step.
         """
         out: Arrays = {}
-        for part in self._alike(lambda: self.parts(wanted, within, cast)):
+        for part in self._alike(lambda: self.parts(wanted, fields, cast)):
             # Without it arrays of 64 bits that are to be cast would be read as of 32.
             with jax.enable_x64(jax.config.jax_enable_x64 or any(x.dtype.itemsize == 8 for x in part.values())):
                 arrays = self._alike(lambda part=part: self.read(part))
@@ -147,8 +148,8 @@ class SavedStep:
     def __str__(self) -> str:
         return f"checkpoint of step {self.step} in {self.folder.parent}"
 
-    def parts(self, wanted: Shapes, within: tuple[str, ...] = (), cast: bool = False) -> list[Shapes]:
-        """What to read of the arrays under `within` for the shapes and shardings that are wanted, as it was saved.
+    def parts(self, wanted: Shapes, fields: tuple[str, ...] = (), cast: bool = False) -> list[Shapes]:
+        """What to read for the shapes and shardings that are wanted, as it was saved.
 
         All at once; with `cast`, where the wanted dtypes may be others, in parts, so that the arrays in both types do
         not take memory together.
@@ -157,7 +158,7 @@ class SavedStep:
             ConfigError: another model was saved.
             Damaged: it has changed. And whatever keeps it from being read.
         """
-        saved = self._check(wanted, within, cast)
+        saved = self._check(wanted, fields, cast)
         shapes = {
             path: jax.ShapeDtypeStruct(x.shape, saved[path].dtype, sharding=x.sharding) for path, x in wanted.items()
         }
@@ -185,14 +186,14 @@ class SavedStep:
             more = f", and {len(other) - 1} more" if len(other) > 1 else ""
             raise Damaged(f"{other[0]}{more}: not the bits that were saved")
 
-    def _check(self, wanted: Shapes, within: tuple[str, ...], cast: bool) -> dict[tuple[str, ...], Leaf]:
+    def _check(self, wanted: Shapes, fields: tuple[str, ...], cast: bool) -> dict[tuple[str, ...], Leaf]:
         """What was saved. Refuses what Orbax would cast in silence, or complain of in hundreds of lines."""
         saved = {tuple(name.split(".")): leaf for name, leaf in self.record.state.items()}
         metadata = tree.named(self._arrays.metadata(self.folder / STATE).tree)
         stored = {path: str(Leaf(np.dtype(x.dtype).name, list(x.shape))) for path, x in metadata.items()}
         if {path: str(leaf) for path, leaf in saved.items()} != stored:
             raise Damaged("its arrays are not those that were saved")
-        saved = {path: leaf for path, leaf in saved.items() if path[: len(within)] == within}
+        saved = {path: leaf for path, leaf in saved.items() if not fields or path[0] in fields}
         for path in sorted(saved.keys() | wanted.keys()):
             have = str(saved.get(path, "missing"))
             want = str(Leaf(wanted[path].dtype.name, list(wanted[path].shape))) if path in wanted else "missing"

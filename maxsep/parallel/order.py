@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from maxsep.config import Config
+from maxsep.config.segments import moe_layers
 from maxsep.parallel.collectives import Axes
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.weights import kinds
@@ -53,7 +54,7 @@ def _sent(config: Config) -> list[Sent]:
     wide = max(4, cast)  # of a weight, and of its gradient
     tokens = train.batch_size * config.data.sequence_length / layout.ways("b") / layout.ways("s")
     passes = 2 + (model.remat == "full")
-    own = model.layers / layout.ways("l")
+    own, moe = model.layers / layout.ways("l"), moe_layers(model) / layout.ways("l")
 
     def joined(letter: str, times: float) -> Sent:
         """Tokens gathered where `letter` is split, and what was made of them added up."""
@@ -66,10 +67,10 @@ def _sent(config: Config) -> list[Sent]:
         copies = model.top_k * model.capacity_factor
     sent = [
         joined("h", own * passes),
-        joined("f", own * passes),
+        joined("f", moe * passes),
         joined("v", 2),
         # Rows go there and back, and their gradients; rematerialisation repeats the way there.
-        Sent(layout.axes("e"), "exchange", own * (passes + 2) * copies * tokens * model.d_model * cast),
+        Sent(layout.axes("e"), "exchange", moe * (passes + 2) * copies * tokens * model.d_model * cast),
     ]
     # Of each weight a micro-batch gathers its bytes: layers forward and backward, the vocabulary's once.
     for kind in kinds(config, layout):

@@ -15,6 +15,7 @@ from pathlib import Path
 from maxsep.cluster import holder
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, paths
+from maxsep.config.matrices import parameters
 from maxsep.config.validate import validate
 from maxsep.parallel.accelerators import check_seen
 
@@ -268,7 +269,7 @@ def _check_memory(config: Config, training: bool, share: float) -> None:
         have, where = min(limits), f"a device has; they are split over {config.mesh}, under {config.layout}"
     if need > have:
         raise ConfigError(
-            f"model: got {config.model.parameters / 1e9:.2f} B parameters; their {what} need at least "
+            f"model: got {parameters(config.model) / 1e9:.2f} B parameters; their {what} need at least "
             f"{need / 2**30:.1f} GiB; takes at most the {have / 2**30:.1f} GiB that {where}"
         )
 

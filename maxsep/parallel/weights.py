@@ -5,8 +5,12 @@ from typing import NamedTuple
 
 from maxsep.config import Config
 from maxsep.config.layouts import AXES
+from maxsep.config.matrices import matrices, sizes
 from maxsep.parallel.collectives import Axes
 from maxsep.parallel.layout import Layout
+
+# By which letters matrices are split; key/value heads as the queries that need them. Routers are whole, and small.
+SPLIT = {"dhq": "lh", "dkq": "lh", "edf": "lef", "vd": "v"}
 
 
 class Kind(NamedTuple):
@@ -25,14 +29,12 @@ class Kind(NamedTuple):
 
 def kinds(config: Config, layout: Layout) -> list[Kind]:
     """All but norms and routers, which are small."""
-    model = config.model
-    matrices, tables = 3 if model.activation == "swiglu" else 2, 1 if model.tied_embedding else 2
+    of, counts = sizes(config.model) | {"v": config.model.padded_vocab_size}, dict.fromkeys(SPLIT.values(), 0)
+    for matrix in matrices(config.model):
+        if matrix.letters in SPLIT:
+            counts[SPLIT[matrix.letters]] += matrix.size(of)
     found = []
-    for letters, count in (
-        ("lh", model.layers * 2 * model.d_model * model.head_size * (model.heads + model.n_kv_heads)),
-        ("lef", model.layers * model.experts * matrices * model.d_model * model.d_ff),
-        ("v", tables * model.padded_vocab_size * model.d_model),
-    ):
+    for letters, count in counts.items():
         split = tuple(axis for letter in letters for axis in layout.axes(letter))
         stored = tuple(axis for axis in layout.axes("w") if axis not in split)
         found.append(Kind(letters, count / math.prod(map(layout.ways, letters)), split, stored))

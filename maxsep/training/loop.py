@@ -251,7 +251,7 @@ class Loop:
             self.job.at("evaluating", step)
             return self.stopping()
 
-        scores = self.run.evaluate(state.params, self.corpus, after_batch, self.job.waiting)
+        scores = self.run.evaluate(state.variables, self.corpus, after_batch, self.job.waiting)
         self.compiled_eval, self.cut_off = True, scores is None
         if scores is not None:
             self.log(step, "eval", scores)

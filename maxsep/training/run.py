@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from maxsep.cluster.job import ALONE, Job
-from maxsep.config import Config, cli
+from maxsep.config import Config, cli, segments
+from maxsep.config.matrices import parameters
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
 from maxsep.measure import flops, memory
 from maxsep.model import experts
-from maxsep.model.layers import jitted_init
+from maxsep.model.parameters import jitted_init
 from maxsep.output import metrics
 from maxsep.output.checkpoint import Checkpoints
 from maxsep.output.workdir import init_checkpoints
@@ -107,7 +108,8 @@ class Run:
         if source is None:
             return self.init()
         with Checkpoints(source, read_only=True, job=job) as checkpoints:
-            return jax.jit(self.program.fresh)(checkpoints.restore_params(self.abstract_state.params, cast=True).state)
+            found = checkpoints.restore_model(self.abstract_state.variables, cast=True)
+            return jax.jit(self.program.fresh)(found.state)
 
     def train_batches(self, corpus: Corpus, position: int):
         """This host's part of the batches from `position` on; `to_mesh` makes them global."""
@@ -116,7 +118,7 @@ class Run:
 
     def evaluate(
         self,
-        params: dict,
+        variables: dict[str, dict],
         corpus: Corpus,
         stop: Callable[[], bool] = lambda: False,
         waiting: Callable[[], AbstractContextManager] = nullcontext,
@@ -140,7 +142,7 @@ class Run:
         most = 1 if self.program.layout.platform == "cpu" else UNDER_WAY
         with closing(eval_batches(corpus.eval, math.prod(self.eval_shape[:2]), rows)) as batches:
             for batch in to_mesh(batches, self.eval_shape, self.batch_sharding):
-                under_way.append(self.eval_step(params, batch))
+                under_way.append(self.eval_step(variables, batch))
                 if len(under_way) == most:
                     fetch()
                 if stop():
@@ -185,9 +187,8 @@ class Run:
         return {
             "layout": f"{config.layout}: {config.mesh}",
             "devices": describe(devices) + neighbours(config, devices),
-            "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
-            f"top {model.top_k}, {capacity}, {model.dtype}{precision}",
-            "parameters": f"{model.parameters:,}",
+            "model": f"{segments.described(model)}, top {model.top_k}, {capacity}, {model.dtype}{precision}",
+            "parameters": f"{parameters(model):,}",
             "state per device": ", ".join(f"{kind} {_size(count)}" for kind, count in state.items()),
             **({"XLA on GPUs": of_gpus()} if devices[0].platform == "gpu" else {}),
             "attention kernel": self.program.kernel,

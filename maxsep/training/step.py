@@ -18,9 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from maxsep.config import Config
 from maxsep.config.layouts import AXES
+from maxsep.config.segments import moe_layers
 from maxsep.kernels import Sizes
+from maxsep.model.attention import attention_kernel
 from maxsep.model.dispatch import room_of
-from maxsep.model.transformer import Transformer, attention_kernel, casts, with_casts
+from maxsep.model.parameters import casts, declared, drawn, with_casts
+from maxsep.model.transformer import Transformer
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.sharding import added, replicating_axes, split_further
@@ -28,14 +31,22 @@ from maxsep.training.optimizer import adamw, schedule
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "params", "optimizer", "skipped"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "buffers", "optimizer", "skipped"],
+    meta_fields=[],
 )
 @dataclass(frozen=True)
 class TrainState:
     step: jax.Array  # int32, finished optimizer steps, skipped ones included
     params: dict[str, Any]
+    buffers: dict[str, Any]  # what is not trained by gradients, in the same places of the model
     optimizer: Any  # Optax state
     skipped: jax.Array  # int32 [2], non-finite steps that changed nothing: in all, and in a row until now
+
+    @property
+    def variables(self) -> dict[str, dict]:
+        """The model's: what it computes with."""
+        return {"params": self.params, "buffers": self.buffers}
 
 
 class Evaluation(NamedTuple):
@@ -65,10 +76,10 @@ class Program:
         self.optimizer = adamw(config)
         self.learning_rate = schedule(config)
         self.end_of_text = None if config.data.cross_document_attention else end_of_text
-        self.graph, abstract = nnx.split(nnx.eval_shape(self._model))
-        self.abstract_params = nnx.to_pure_dict(abstract)
-        self.param_specs = jax.tree.map(lambda x: x.sharding.spec, self.abstract_params)
-        self.zero_specs = jax.tree.map(self._zero_spec, self.abstract_params)
+        self.model = Transformer(config.model, self.layout, self.ids)
+        self.graph, abstract = nnx.graphdef(self.model), declared(self.model)
+        self.specs = jax.tree.map(lambda x: x.sharding.spec, abstract)
+        self.zero_specs = jax.tree.map(self._zero_spec, abstract["params"])
 
     def grouped(self) -> Sizes:
         """Of the products of dropless experts, of a micro-batch, on one device."""
@@ -82,9 +93,6 @@ class Program:
             places = peers * room_of(own, model.top_k, local, peers, model.exchange_factor)
         return Sizes(places, min(1.0, rows / places), local, model.d_model, model.d_ff // layout.ways("f"))
 
-    def _model(self) -> Transformer:
-        return Transformer(nnx.Rngs(self.config.train.seed), self.config.model, self.layout, self.ids)
-
     def _zero_spec(self, x) -> P:
         if not self.config.optimizer.zero1:
             return x.sharding.spec
@@ -97,17 +105,17 @@ class Program:
 
     def init(self) -> TrainState:
         """A new state. Jit it: its arrays are then born in their shardings."""
-        params = nnx.to_pure_dict(nnx.state(self._model(), nnx.Param))
-        return self.fresh(params)
+        return self.fresh(drawn(self.model, self.config.train.seed))
 
-    def fresh(self, params: dict) -> TrainState:
-        """Step 0 with these parameters."""
-        split = jax.tree.map(jax.reshard, params, self.zero_specs)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(split), jnp.zeros((2,), jnp.int32))
+    def fresh(self, variables: dict[str, dict]) -> TrainState:
+        """Step 0 with these parameters and buffers."""
+        optimizer = self.optimizer.init(jax.tree.map(jax.reshard, variables["params"], self.zero_specs))
+        step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.int32)
+        return TrainState(step, **variables, optimizer=optimizer, skipped=skipped)
 
     def train_step(self, state: TrainState, batch_abt: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step on records [accumulation, micro-batch, S + 1], int32, -1 for padding."""
-        gradients, metrics = self._gradients(state.params, batch_abt, state.step)
+        gradients, metrics = self._gradients(state.variables, batch_abt, state.step)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(norm) & jnp.isfinite(metrics["total_loss"])
@@ -118,7 +126,7 @@ class Program:
             updates, optimizer = self.optimizer.update(gradients, state.optimizer, old)
             new = optax.apply_updates(old, updates)
             keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(changes, a, b))
-            params = jax.tree.map(jax.reshard, keep(new, old), self.param_specs)
+            params = jax.tree.map(jax.reshard, keep(new, old), self.specs["params"])
             optimizer = keep(optimizer, state.optimizer)
             skipped = jnp.where(finite, state.skipped * jnp.array([1, 0], jnp.int32), state.skipped + 1)
             skipped = jnp.where(halted, state.skipped, skipped)
@@ -128,19 +136,19 @@ class Program:
             "learning_rate": jnp.asarray(self.learning_rate(state.step - state.skipped[0])),  # counts updates
             "skipped": skipped,
         }
-        return TrainState(step, params, optimizer, skipped), metrics
+        return TrainState(step, params, state.buffers, optimizer, skipped), metrics
 
-    def _gradients(self, params, batch_abt, step):
+    def _gradients(self, variables, batch_abt, step):
         accumulation, model = self.config.train.accumulation, self.config.model
 
-        def on_device(params, batch_abt, step):
+        def on_device(variables, batch_abt, step):
             targets = collectives.total(jnp.sum(batch_abt[..., 1:] >= 0), self.layout.axes("b"))
             key = None
             if model.expert_dropout:
                 key = jax.random.fold_in(jax.random.key(self.config.train.seed), step)
 
             def loss(params, batch_abt, first_row):
-                transformer = nnx.merge(self.graph, with_casts(params, cast))
+                transformer = nnx.merge(self.graph, with_casts(params, cast), buffers)
                 cross_entropy, stats = transformer.losses(batch_abt, first_row, key, self.end_of_text)
                 layers = self.layout.axes("l")
                 balancing = collectives.total(jnp.sum(stats.load_balancing), layers)
@@ -150,8 +158,8 @@ class Program:
                 means = {
                     "loss": cross_entropy / targets,
                     "total_loss": total,
-                    "load_balancing_loss": balancing / (accumulation * model.layers),
-                    "router_z_loss": z / (accumulation * model.layers),
+                    "load_balancing_loss": balancing / (accumulation * moe_layers(model)),
+                    "router_z_loss": z / (accumulation * moe_layers(model)),
                     "exchange_rounds": collectives.vary(jnp.sum(stats.rounds)),
                     "load_le": stats.load_e,
                     "dropped_l": stats.dropped,
@@ -159,7 +167,7 @@ class Program:
                 return total, means
 
             # Parameters that devices share get a gradient on each; they are added up below, once a step.
-            own = collectives.vary(params)
+            own, buffers = collectives.vary((variables["params"], variables["buffers"]))
             cast = casts(own, model.dtype)  # once a step
 
             rows = batch_abt.shape[1] * self.layout.ways("b")  # of a micro-batch
@@ -178,20 +186,20 @@ class Program:
             nothing = collectives.zeros(jax.eval_shape(loss, own, batch_nabt[0], 0)[1])
             metrics, _ = lax.scan(add, nothing, (jnp.arange(count), batch_nabt))
             # Each device's own until here: the layers exchange nothing for it.
-            layers = accumulation * model.layers / self.layout.ways("l")
+            layers = accumulation * moe_layers(model) / self.layout.ways("l")
             rounds = collectives.total(metrics["exchange_rounds"], AXES)
             metrics["exchange_rounds"] = rounds / (layers * collectives.size(AXES))
             gradients = jax.tree.map(jax.freeze, sums)
             with jax.named_scope("gradient_reduction"):
-                return jax.tree.map(self._reduce, gradients, self.param_specs, self.zero_specs), metrics
+                return jax.tree.map(self._reduce, gradients, self.specs["params"], self.zero_specs), metrics
 
         means = dict.fromkeys(("loss", "total_loss", "load_balancing_loss", "router_z_loss", "exchange_rounds"), P())
         layers = {"load_le": self.layout.spec("l-"), "dropped_l": self.layout.spec("l")}
         gradients, metrics = jax.shard_map(
             on_device,
-            in_specs=(self.param_specs, self.batch_spec, P()),
+            in_specs=(self.specs, self.batch_spec, P()),
             out_specs=(self.zero_specs, means | layers),
-        )(params, batch_abt, step)
+        )(variables, batch_abt, step)
         return gradients, metrics | {name: jax.reshard(metrics[name], P()) for name in layers}
 
     def _reduce(self, gradient: jax.Array, spec: P, zero: P) -> jax.Array:
@@ -200,13 +208,13 @@ class Program:
             gradient = collectives.reduce_scatter(gradient, *split)
         return collectives.total(gradient, replicating_axes(zero))
 
-    def eval_step(self, params: dict, batch_abt: jax.Array) -> Evaluation:
+    def eval_step(self, variables: dict[str, dict], batch_abt: jax.Array) -> Evaluation:
         """Cross-entropy of records [micro-batches, batch, S + 1], as many as stages; no dropout."""
 
-        def on_device(params, batch_abt):
-            transformer = nnx.merge(self.graph, collectives.vary(params))
+        def on_device(variables, batch_abt):
+            transformer = nnx.merge(self.graph, *collectives.vary((variables["params"], variables["buffers"])))
             cross_entropy, _ = transformer.losses(batch_abt, 0, None, self.end_of_text)
             targets = jnp.sum(batch_abt[..., 1:] >= 0, dtype=jnp.int32)
             return Evaluation(cross_entropy, collectives.total(targets, self.layout.axes("b")))
 
-        return jax.shard_map(on_device, in_specs=(self.param_specs, self.batch_spec), out_specs=P())(params, batch_abt)
+        return jax.shard_map(on_device, in_specs=(self.specs, self.batch_spec), out_specs=P())(variables, batch_abt)

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from maxsep.config import cli, paths
+from maxsep.config.matrices import parameters
 from maxsep.data.records import Corpus
 from maxsep.output import console, metrics
 from maxsep.output.durable import write_json
@@ -69,7 +70,7 @@ def summarise(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> 
     config = run.config
     return {
         "steps": trained[-1]["step"],
-        "parameters": config.model.parameters,
+        "parameters": parameters(config.model),
         "train_loss": trained[-1]["loss"],
         "eval_loss": evaluated[-1]["loss"],
         "eval_perplexity": evaluated[-1]["perplexity"],

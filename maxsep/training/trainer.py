@@ -134,7 +134,7 @@ def evaluate(config: Config, folder: Path, job: Job = ALONE) -> None:
     with jax.set_mesh(make_mesh(config)), Checkpoints(folder / workdir.CHECKPOINTS, True, job) as checkpoints:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
         console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
-        params, _, step = checkpoints.restore_params(run.abstract_state.params)
+        variables, _, step = checkpoints.restore_model(run.abstract_state.variables)
         job.at("compiling")
-        scores = run.evaluate(params, corpus, lambda: job.at("evaluating"), job.waiting)
+        scores = run.evaluate(variables, corpus, lambda: job.at("evaluating"), job.waiting)
     console.say(console.table(f"step {step}", summary.held_out(scores["loss"], corpus)))

@@ -169,7 +169,10 @@ FILES = {
         rf"{GATE} is F32; takes BF16, as model\.embed_tokens\.weight is",
     ),
     "integers": (tensor(GATE, lambda w: w.astype(np.int8)), rf"{GATE} is I8; takes F32, BF16, F16, F64"),
-    "no number": (tensor(GATE, with_nan), r"step 0 is not finite: params\.blocks\.moe\.router\.w_lde; takes finite"),
+    "no number": (
+        tensor(GATE, with_nan),
+        r"step 0 is not finite: params\.segments\.moe\.feed_forward\.router\.w_de; takes finite",
+    ),
     "a tensor too many": (with_more, r"shared_expert\.weight is none of the tensors of MixtralForCausalLM"),
 }
 

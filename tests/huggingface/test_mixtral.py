@@ -6,6 +6,7 @@ import jax
 from abstract import abstract
 
 from maxsep.config.files import load_config
+from maxsep.config.matrices import parameters
 from maxsep.config.paths import REPOSITORY
 from maxsep.config.validate import validate
 from maxsep.huggingface import model_config
@@ -39,7 +40,7 @@ def test_it_is_the_models_shape():
     own = replace(CONFIG.model, dtype=model.dtype, remat=model.remat, mask_unused_ids=False)
     assert own == model
     assert context == 32768
-    assert model.parameters == 46_702_792_704
+    assert parameters(model) == 46_702_792_704
 
 
 def test_its_step_type_checks_and_its_state_fits():

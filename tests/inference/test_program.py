@@ -57,9 +57,9 @@ MODELS = {
 COMBINED = "shared heads, documents, capacity, tied, gelu, k 3"
 FAST = [("ma", (1, 1), COMBINED), ("ma", (4, 4), COMBINED)]
 SLOW = [
-    ("tp_pp", (2, 8, 1), COMBINED),
+    ("tp_pp", (2, 8, 1), "shared heads, documents"),
     ("tp", (8, 2), "capacity, tied, gelu, k 3"),
-    ("ma_folded", (4, 4), "shared heads, documents"),
+    ("ma_folded", (4, 4), COMBINED),
     ("pp", (4, 1, 4), "four layers, own heads"),
     ("zero", (2, 2, 4), "capacity, tied, gelu, k 3"),
     ("l=stage b=expert h=attention", (2, 2, 4), "shared heads, documents"),
@@ -69,7 +69,7 @@ EXHAUSTIVE = [
     ("ma", (4, 4), "capacity, tied, gelu, k 3"),
     ("ma", (2, 8), "shared heads, documents"),
     ("ma", (1, 16), "plain"),
-    ("tp_pp", (2, 8, 1), "shared heads, documents"),
+    ("tp", (8, 2), "capacity, tied, gelu, k 3"),
     ("ma", (16, 1), "four layers, own heads"),
     (MA_IN_STAGES, (2, 4, 2), "four layers, own heads"),
 ]
@@ -189,7 +189,8 @@ def test_a_batch_of_one_reads_the_chosen_experts_alone():
     c = of("ma", (1, 1), "plain", layers=1)
     params, prompt = parameters(c), [5]
     whole = completed(c, params, [prompt], [2], GREEDY)[0]
-    experts = params["blocks"]["moe"]["experts"]
+    segment = params["segments"]["moe"]
+    experts = segment["feed_forward"]["experts"]
 
     def with_nan(chosen):
         def spoilt(w):
@@ -197,8 +198,8 @@ def test_a_batch_of_one_reads_the_chosen_experts_alone():
             w[:, [e for e in range(c.model.experts) if e not in chosen]] = np.nan
             return w
 
-        moe = params["blocks"]["moe"] | {"experts": jax.tree.map(spoilt, experts)}
-        spoilt_params = params | {"blocks": params["blocks"] | {"moe": moe}}
+        moe = segment["feed_forward"] | {"experts": jax.tree.map(spoilt, experts)}
+        spoilt_params = params | {"segments": {"moe": segment | {"feed_forward": moe}}}
         return completed(c, spoilt_params, [prompt], [2], GREEDY)[0]
 
     chosen = chosen_experts(c, params, prompt + whole.tokens[:1])
@@ -213,7 +214,7 @@ def test_a_step_sends_tokens_and_no_weights():
     with jax.enable_x64(True), jax.set_mesh(make_mesh(c)):
         program = generator(c).program
         batch = Batch(program, prompts(c), LIMITS)
-        weights = jax.eval_shape(program.weights, program.abstract_params)
+        weights = jax.eval_shape(program.weights, program.abstract)
         prefill = functools.partial(program.prefill, slots=batch.slots, most=batch.most)
         state = jax.eval_shape(prefill, weights, *batch.arrays, GREEDY)
         mesh = jax.sharding.get_mesh().abstract_mesh
@@ -229,11 +230,11 @@ def test_a_step_sends_tokens_and_no_weights():
 
 def chosen_experts(c, params, ids) -> set[int]:
     """Of a model of one layer, by the dense model's own functions."""
-    block, model = params["blocks"], c.model
+    block, model = params["segments"]["moe"], c.model
     with jax.enable_x64(True):
         x = params["embedding"]["table_vd"][np.asarray(ids)]
         y = oracle.rms_norm(x, block["attention_norm"]["scale"][0], model.norm_eps)
         x = x + oracle.attention(y, np.zeros(len(ids), int), block["attention"], 0, model)
-        y = oracle.rms_norm(x, block["moe_norm"]["scale"][0], model.norm_eps)
-        scores = np.asarray(y @ block["moe"]["router"]["w_lde"][0])
+        y = oracle.rms_norm(x, block["feed_forward_norm"]["scale"][0], model.norm_eps)
+        scores = np.asarray(y @ block["feed_forward"]["router"]["w_de"][0])
     return set(np.argsort(-scores, axis=1)[:, : model.top_k].ravel().tolist())

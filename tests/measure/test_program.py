@@ -86,13 +86,23 @@ def test_the_peak_is_the_sum_of_what_lies_in_memory(layout, mesh, shape):
     assert plan.temporaries == told.temp_size_in_bytes
     assert sum(kinds.values()) == plan.peak
     assert 0 <= kinds["unused"] <= 0.02 * plan.peak
-    own = memory.bytes_on_device(state.params["blocks"]["moe"]["experts"])
+    own = memory.bytes_on_device(state.params["segments"]["moe"]["feed_forward"]["experts"])
     assert kinds["gradients"] >= own, "those of all micro-batches are added up in one place"
     if run.stages == 1:  # what a pipeline keeps of its ticks differs between versions of XLA
         # A layer's is added when it is made: there are the sum, a layer's, the head's, and never a second one of all.
         assert kinds["gradients"] < 1.8 * kinds["parameters"]
     assert kinds["copies"] >= 0
     assert kinds["activations"] > 0
+
+
+def test_the_products_are_those_that_the_model_needs():
+    """But for attention's: of one block of queries all keys are taken, and the scores are made again."""
+    c = config(model=SHAPES["narrow"] | {"capacity_factor": 1.0})
+    with jax.set_mesh(make_mesh(c)):
+        run = Run(c)
+        found = program.products(optimised(run.lower_train_step()))
+    needed = 6 * c.model.layers * c.model.heads * c.model.head_size * c.data.sequence_length * run.tokens
+    assert found == run.flops - needed + 2 * needed * 7 / 6
 
 
 @pytest.mark.parametrize(

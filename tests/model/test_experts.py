@@ -13,9 +13,11 @@ from jax.sharding import PartitionSpec as P
 from small import config
 
 from maxsep.config.layouts import AXES
+from maxsep.config.matrices import sizes
 from maxsep.kernels import grouped
 from maxsep.kernels.grouped import grouped_rows
 from maxsep.model.experts import BLOCK, BLOCKS, GROUPED, RAGGED, Experts, form, forms, product
+from maxsep.model.parameters import Parameters, drawn
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.mesh import make_mesh
@@ -46,9 +48,8 @@ def test_grouped_is_a_loop_over_experts(activation, counts):
     g[sum(counts) :] = 0  # nobody reads the padding
     share = rng.random(rows)
     with jax.enable_x64(True), jax.set_mesh(make_mesh(c)):
-        own = Experts(nnx.Rngs(0), Layout.of(c), c.model, jnp.float64)
-        graph, params = nnx.split(jax.tree.map(lambda w: w[0], own))
-        params = nnx.to_pure_dict(params)
+        own = declared_experts(c)
+        graph, params = nnx.graphdef(own), drawn(own, 0)["params"]
 
         def on_device(params, x, share, g, counts):
             def loss(params, x, share):
@@ -62,9 +63,9 @@ def test_grouped_is_a_loop_over_experts(activation, counts):
         function = jax.jit(jax.shard_map(on_device, in_specs=P(), out_specs=P()))
         whole = jax.device_put(params, NamedSharding(jax.sharding.get_mesh(), P()))
         y, dx, dshare, dw = jax.device_get(function(whole, x, share, g, np.array(counts, np.int32)))
-        w = {"in": params["w_in_ledf"], "out": params["w_out_lefd"]}
+        w = {"in": params["w_in_edf"], "out": params["w_out_efd"]}
         if activation == "swiglu":
-            w["gate"] = params["w_gate_ledf"]
+            w["gate"] = params["w_gate_edf"]
         w = {name: np.asarray(value) for name, value in w.items()}
     expected = {name: np.zeros_like(value) for name, value in w.items()}
     for row, e in enumerate(np.repeat(range(4), counts)):
@@ -76,9 +77,13 @@ def test_grouped_is_a_loop_over_experts(activation, counts):
     assert np.isfinite(y).all()
     assert not dx[sum(counts) :].any()
     assert not dshare[sum(counts) :].any()
-    names = {"in": "w_in_ledf", "gate": "w_gate_ledf", "out": "w_out_lefd"}
+    names = {"in": "w_in_edf", "gate": "w_gate_edf", "out": "w_out_efd"}
     for name, value in expected.items():
         np.testing.assert_allclose(dw[names[name]], value, atol=1e-11)
+
+
+def declared_experts(c) -> Experts:
+    return Experts(Parameters(Layout.of(c), sizes(c.model), jnp.dtype("float64")), c.model)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
@@ -87,12 +92,13 @@ def test_padded_is_a_loop_over_experts(activation):
     rng = np.random.default_rng(0)
     x, share = rng.normal(size=(3, 7, 6)), rng.random((3, 7))
     with jax.enable_x64(True), jax.set_mesh(make_mesh(c)):
-        own = jax.tree.map(lambda w: w[0], Experts(nnx.Rngs(0), Layout.of(c), c.model, jnp.float64))
+        own = declared_experts(c)
+        own = nnx.merge(nnx.graphdef(own), drawn(own, 0)["params"])
         over = NamedSharding(jax.sharding.get_mesh(), P("expert"))
         y = np.asarray(own.padded(jax.device_put(x, over), jax.device_put(share, over)))
-        w = {"in": np.asarray(own.w_in_ledf[...]), "out": np.asarray(own.w_out_lefd[...])}
+        w = {"in": np.asarray(own.w_in_edf[...]), "out": np.asarray(own.w_out_efd[...])}
         if activation == "swiglu":
-            w["gate"] = np.asarray(own.w_gate_ledf[...])
+            w["gate"] = np.asarray(own.w_gate_edf[...])
     for e in range(3):
         for row in range(7):
             out, _ = oracle.expert_forward(x[e, row], w, e, activation)

@@ -14,7 +14,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small import MESHES, SEED, config, named
 
+from maxsep.config.matrices import sizes
 from maxsep.model.moe import MoE
+from maxsep.model.parameters import Parameters
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.mesh import make_mesh
@@ -23,10 +25,10 @@ from maxsep.parallel.sharding import replicating_axes
 B, S = 16, 32
 KEY = 7
 NAMES = {
-    "router": ("router", "w_lde"),
-    "in": ("experts", "w_in_ledf"),
-    "gate": ("experts", "w_gate_ledf"),
-    "out": ("experts", "w_out_lefd"),
+    "router": ("router", "w_de"),
+    "in": ("experts", "w_in_edf"),
+    "gate": ("experts", "w_gate_edf"),
+    "out": ("experts", "w_out_efd"),
 }
 DISPATCH = {
     "dropless": {"capacity_factor": None},
@@ -84,14 +86,13 @@ def layer(mesh: tuple[int, int], fields: tuple):
     layout, model, devices = Layout.of(c), c.model, make_mesh(c)
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     with jax.set_mesh(devices):
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: MoE(nnx.Rngs(0), layout, model, dtype)))
+        graph, abstract = nnx.split(MoE(Parameters(layout, sizes(model), dtype), model))
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, nnx.to_pure_dict(abstract))
 
     def on_device(x_bsd, params, direction_bsd, token_bs):
         def loss(x_bsd, params):
-            moe = jax.tree.map(lambda w: w[0], nnx.merge(graph, params))
             key = jax.random.key(KEY) if model.expert_dropout else None
-            y_bsd, stats = moe(x_bsd, token_bs, key)
+            y_bsd, stats = nnx.merge(graph, params).train(x_bsd, token_bs, key)
             stats = stats._replace(rounds=lax.psum(collectives.vary(stats.rounds), collectives.AXES))
             auxiliary = (
                 model.load_balancing_coefficient * stats.load_balancing + model.router_z_coefficient * stats.router_z
@@ -118,7 +119,7 @@ def check(mesh, case, **fields):
         params = {"router": {}, "experts": {}}
         for name, value in w.items():
             section, leaf = NAMES[name]
-            params[section][leaf] = value[None].astype(model.dtype)
+            params[section][leaf] = value.astype(model.dtype)
         tokens = np.arange(B * S, dtype=np.int32).reshape(B, S)
         arguments = x.astype(model.dtype), params, direction.astype(model.dtype), tokens
         with jax.set_mesh(devices):
@@ -144,7 +145,7 @@ def check(mesh, case, **fields):
     close(dx.reshape(B * S, -1), gradient["x"], tolerance, "gradient of x", least.get("x", 0.0))
     for name in w:
         section, leaf = NAMES[name]
-        close(dw[section][leaf][0], gradient[name], tolerance, f"gradient of {name}", least.get(name, 0.0))
+        close(dw[section][leaf], gradient[name], tolerance, f"gradient of {name}", least.get(name, 0.0))
     assert stats["load_e"].tolist() == expected["load_e"].tolist()
     assert stats["dropped"] == expected["dropped"]
     assert stats["rounds"] == rounds(model, mesh, x @ w["router"])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import kill
 import numpy as np
 import pytest
-from states import abstract, bits, filled, mesh_of
+from states import abstract, bits, filled, mesh_of, model
 
 from maxsep.config import ConfigError
 from maxsep.output.checkpoint import Checkpoints, SaveError
@@ -115,16 +115,17 @@ def test_saving_a_step_again_does_nothing(tmp_path):
     assert (bits(restored), data) == (bits(filled(shapes, 5)), {"position": 1})
 
 
-def test_parameters_alone(tmp_path):
+def test_the_model_alone(tmp_path):
     mesh = mesh_of(4, 4)
     state = filled(abstract(mesh), 7)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
-    elsewhere = abstract(mesh_of(2, 8)).params
+    elsewhere = model(abstract(mesh_of(2, 8)))
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert bits(checkpoints.restore_params(elsewhere).state) == bits(state.params)
+        assert bits(checkpoints.restore_model(elsewhere).state) == bits(model(state))
         with pytest.raises(ConfigError, match=r"params\.layers\.scale is float32\[2, 32\] there and missing in this"):
-            checkpoints.restore_params({**elsewhere, "layers": {"w_edf": elsewhere["layers"]["w_edf"]}})
+            elsewhere["params"]["layers"].pop("scale")
+            checkpoints.restore_model(elsewhere)
 
 
 def test_read_only_makes_nothing(tmp_path):

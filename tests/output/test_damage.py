@@ -3,12 +3,13 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from states import State, abstract, bits, filled, mesh_of
+from states import abstract, bits, filled, mesh_of, model
 
 from maxsep.config import ConfigError
 from maxsep.config.checksum import checksum
@@ -182,7 +183,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     params = {**state.params, "layers": {**state.params["layers"], "scale": wrong}}
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(NotFinite, match=r"^the state after step 3 is not finite: params\.layers\.scale$"):
-            checkpoints.save(3, State(state.step, params, state.optimizer), {})
+            checkpoints.save(3, replace(state, params=params), {})
         assert checkpoints.all_steps() == []
 
 
@@ -191,9 +192,9 @@ def test_the_cast_of_what_was_read_in_parts(whole, monkeypatch):
     folder, _ = whole
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, np.float16 if x.dtype == np.float32 else x.dtype, sharding=x.sharding),
-        abstract(mesh_of(2, 2)).params,
+        model(abstract(mesh_of(2, 2))),
     )
     with Checkpoints(folder, read_only=True) as checkpoints:
-        got = checkpoints.restore_params(wanted, cast=True).state
-        exact = checkpoints.restore_params(abstract(mesh_of(2, 2)).params).state
+        got = checkpoints.restore_model(wanted, cast=True).state
+        exact = checkpoints.restore_model(model(abstract(mesh_of(2, 2)))).state
     jax.tree.map(lambda a, b, c: np.testing.assert_array_equal(a, b.astype(c.dtype)), got, exact, wanted)

@@ -112,7 +112,7 @@ def test_the_least_that_a_device_holds_is_nearly_all_of_its_state(layout, zero1)
     state = sum(memory.of_state(made.state).values())
     assert 0.99 * state < weights.bytes_on_device(c, training=True) <= state
     with jax.sharding.use_abstract_mesh(made.mesh):
-        inferred = memory.bytes_on_device(inference.Program(c, 0).abstract_params)
+        inferred = memory.bytes_on_device(inference.Program(c, 0).abstract)
     assert 0.99 * inferred < weights.bytes_on_device(c, training=False) <= inferred
 
 

@@ -49,7 +49,7 @@ def test_experts_are_those_of_the_platform_compiled_for(platform, dtype, product
         made = run(platform, dtype=dtype)
         batch = jax.ShapeDtypeStruct(made.eval_shape, jnp.int32, sharding=made.batch_sharding)
         with jax.set_mesh(made.mesh):
-            traced = str(jax.make_jaxpr(made.program.eval_step)(made.abstract_state.params, batch))
+            traced = str(jax.make_jaxpr(made.program.eval_step)(made.abstract_state.variables, batch))
     found = {name for name in ("grouped_rows", "ragged_dot") if name in traced}
     assert found == ({product} if product else set())
     assert made.described()["experts"] == says
@@ -113,7 +113,7 @@ def test_an_evaluation_counts_exactly_with_some_batches_under_way(monkeypatch, p
     corpus = SimpleNamespace(eval=SimpleNamespace(targets=batches * targets))
     made, begun, seen = run(platform, **(ON_GPU if platform == "gpu" else {})), [], []
 
-    def evaluated(params, batch):
+    def evaluated(model, batch):
         begun.append(batch)
         return Evaluation(np.float32(2 * batch), np.int32(targets))
 

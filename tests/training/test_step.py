@@ -71,7 +71,7 @@ def test_shapes_types_and_shardings_of_the_state_stay(stepped):
 def test_evaluation_is_the_training_loss_before_the_update(stepped):
     run, step, batches = stepped
     state = run.new_state()
-    evaluation = run.eval_step(state.params, batches[0])
+    evaluation = run.eval_step(state.variables, batches[0])
     _, metrics = step(state, batches[0])
     assert float(evaluation.targets) == run.tokens
     assert float(evaluation.cross_entropy) / run.tokens == pytest.approx(float(metrics["loss"]), rel=1e-12)
@@ -79,15 +79,15 @@ def test_evaluation_is_the_training_loss_before_the_update(stepped):
 
 def test_padding_is_not_evaluated(stepped):
     run, _, batches = stepped
-    params = run.new_state().params
+    model = run.new_state().variables
     short = np.asarray(batches[0]).copy()
     short[:, -2:] = -1  # rows that fill up the last batch
     short[:, 0, 9:] = -1  # a record that is partly filled
-    evaluation = run.eval_step(params, jax.device_put(short, run.batch_sharding))
+    evaluation = run.eval_step(model, jax.device_put(short, run.batch_sharding))
     assert float(evaluation.targets) == (short[..., 1:] >= 0).sum()
-    whole = run.eval_step(params, batches[0])
+    whole = run.eval_step(model, batches[0])
     assert 0 < float(evaluation.cross_entropy) < float(whole.cross_entropy)
-    nothing = run.eval_step(params, jax.device_put(np.full_like(short, -1), run.batch_sharding))
+    nothing = run.eval_step(model, jax.device_put(np.full_like(short, -1), run.batch_sharding))
     assert float(nothing.cross_entropy) == float(nothing.targets) == 0
 
 
@@ -95,15 +95,15 @@ def test_padding_is_not_evaluated(stepped):
 def test_gradients_are_added_over_micro_batches():
     """Without the auxiliary losses, which are over micro-batches, accumulation changes nothing."""
     sums = []
-    batch, params = text(config(), 1).reshape(16, -1), None
+    batch, model = text(config(), 1).reshape(16, -1), None
     for accumulation in (1, 4):
         off = {"load_balancing_coefficient": 0.0, "router_z_coefficient": 0.0, "dtype": "float64", "layers": 1}
         c = config((2, 2), train={"accumulation": accumulation}, model=off)
         with jax.enable_x64(True), jax.set_mesh(make_mesh(c)):
             run = Run(c)
-            params = params or run.new_state().params
+            model = model or run.new_state().variables
             placed = jax.device_put(batch.reshape(run.batch_shape), run.batch_sharding)
-            gradients, metrics = jax.device_get(jax.jit(run.program._gradients)(params, placed, np.int32(0)))
+            gradients, metrics = jax.device_get(jax.jit(run.program._gradients)(model, placed, np.int32(0)))
             sums.append((gradients, metrics["loss"], metrics["total_loss"]))
             assert metrics["load_le"].sum(axis=1).tolist() == [16 * 32 * 2]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12 * np.abs(b).max()), *sums)
