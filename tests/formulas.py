@@ -20,7 +20,7 @@ def sent_bytes(c, state) -> dict[str, float]:
         return math.prod(size[axis] for axis in axes.get(letter, ()))
 
     A, B, D = train.accumulation, train.batch_size // train.accumulation, model.d_model
-    L = model.layers
+    L, M = model.layers, model.dense_layers  # all of them, and those with a dense MLP
     c_bytes = {"bfloat16": 2, "float32": 4, "float64": 8}[model.dtype]
     w_bytes = max(4, c_bytes)  # of a weight and its gradient
     t = B * c.data.sequence_length // ways("b") // ways("s")
@@ -46,6 +46,7 @@ def sent_bytes(c, state) -> dict[str, float]:
         places = t // group * model.experts * math.ceil(group * model.top_k * model.capacity_factor / model.experts)
     exchanges = (4 + again) * places * D * c_bytes if ways("e") > 1 else 0
     dispatch = exchanges + (2 + again) * gather("f") + 2 * scatter("f")
+    dense = (2 + again) * gather("m") + 2 * scatter("m")
     vocabulary = 2 * (gather("v") + scatter("v"))
     P = ways("l")
     if P > 1 and "stage" in axes["v"]:
@@ -63,15 +64,17 @@ def sent_bytes(c, state) -> dict[str, float]:
         )
     if ways("w") > 1:
         experts = bytes_on_device([segment["feed_forward"].get("experts", {}) for segment in segments])
+        mlps = bytes_on_device(state.params["segments"].get("dense", {}).get("feed_forward", {}))
         routers = bytes_on_device([segment["feed_forward"].get("router", {}) for segment in segments])
         others = bytes_on_device([segment["attention"] for segment in segments]) + routers
         tables = bytes_on_device((state.params["head_vd"], state.params["embedding"]))
         parts = math.prod(size.values())
-        gradients += A * parts * (experts // ways("e") + others + tables // ways("v"))
-        parameters += A * (2 * (experts + others) * c_bytes // w_bytes + tables)
+        gradients += A * parts * (experts // ways("e") + mlps // ways("m") + others + tables // ways("v"))
+        parameters += A * (2 * (experts + mlps + others) * c_bytes // w_bytes + tables)
     return {
         "attention": A * L // P * attention,
-        "dispatch": A * L // P * dispatch,
+        "dispatch": A * (L - M) // P * dispatch,
+        "dense layers": A * M * dense,
         "stages": 2 * (A + P - 1) * t * D * c_bytes if P > 1 else 0,
         "embedding, head": A * vocabulary,
         "gradients": gradients,

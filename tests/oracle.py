@@ -214,6 +214,11 @@ def feed_forward(x_td, w_in, w_gate, w_out):
     return h @ w_out
 
 
+def mlp(x_td, w, layer, model):
+    w_gate = w["w_gate_dm"][layer] if model.activation == "swiglu" else None
+    return feed_forward(x_td, w["w_in_dm"][layer], w_gate, w["w_out_md"][layer])
+
+
 def model_scores(params, tokens, model, groups=(), end_of_text=None):
     """Scores [b, s, V] of the next token after each of `tokens` [b, s], of the ids alone.
 
@@ -227,12 +232,16 @@ def model_scores(params, tokens, model, groups=(), end_of_text=None):
             for i in range(1, s):
                 segments[row, i] = segments[row, i - 1] + (tokens[row, i - 1] == end_of_text)
     x = params["embedding"]["table_vd"][tokens]
-    for layer in range(model.layers):
-        block = params["segments"]["moe"]
+    for number in range(model.layers):
+        kind, layer = ("dense", number) if number < model.dense_layers else ("moe", number - model.dense_layers)
+        block = params["segments"][kind]
         w = block["attention"]
         y = rms_norm(x, block["attention_norm"]["scale"][layer], model.norm_eps)
         x = x + jax.vmap(functools.partial(attention, w=w, layer=layer, model=model))(y, segments)
         y = rms_norm(x, block["feed_forward_norm"]["scale"][layer], model.norm_eps).reshape(b * s, -1)
+        if kind == "dense":
+            x = x + mlp(y, block["feed_forward"], layer, model).reshape(b, s, -1)
+            continue
         y, balancing, z, lost, least = dense_moe(y, block["feed_forward"], layer, model, groups)
         auxiliary += model.load_balancing_coefficient * balancing + model.router_z_coefficient * z
         dropped += lost

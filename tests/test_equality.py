@@ -33,6 +33,7 @@ def devices_apart(c) -> tuple[int, int]:
 
 # Each config is compared with the dense oracle on its mesh; those of the fast suite have each value of each switch.
 FLOAT64 = {"dtype": "float64"}
+TWO_DENSE = {"layers": 3, "dense_layers": 2, "dense_d_ff": 48}
 STEPS = {
     "4x4, unrolled, dots, k 3, gelu, norms of each head, raw weights, ids that the tokenizer lacks": {
         "mesh": (4, 4),
@@ -76,6 +77,7 @@ STEPS = {
         "model": FLOAT64 | {"kv_heads": 2},
         "data": {"cross_document_attention": False},
     },
+    "4x4, two dense layers": {"mesh": (4, 4), "model": FLOAT64 | TWO_DENSE},
 }
 TWO_STAGES, FOUR_STAGES = ({"batch_size": 16 * stages, "accumulation": stages} for stages in (2, 4))
 SLOW_STEPS = {
@@ -117,6 +119,31 @@ SLOW_STEPS = {
         | {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu", "kv_heads": 2}
         | {"qk_norm": "head", "normalize_top_k": False},
         "optimizer": {"zero1": True},
+    },
+    "ma_folded 2x8, two dense layers, capacity, unrolled, dots, gelu": {
+        "layout": "ma_folded",
+        "mesh": (2, 8),
+        "model": FLOAT64
+        | TWO_DENSE
+        | {"capacity_factor": 1.25, "scan_layers": False, "remat": "dots", "activation": "gelu"},
+    },
+    "tp 8x2, two dense layers, accumulation, full, zero1": {
+        "layout": "tp",
+        "mesh": (8, 2),
+        "model": FLOAT64 | TWO_DENSE | {"remat": "full"},
+        "train": {"batch_size": 32, "accumulation": 2},
+        "optimizer": {"zero1": True},
+    },
+    "zero 2x2x4, two dense layers, unrolled, documents": {
+        "layout": "zero",
+        "mesh": (2, 2, 4),
+        "model": FLOAT64 | TWO_DENSE | {"scan_layers": False},
+        "data": {"cross_document_attention": False},
+    },
+    "own, dense layers over two axes, weights at rest": {
+        "layout": "b=expert s=attention h=attention e=expert m=attention+expert f=stage v=stage w=stage+expert",
+        "mesh": (2, 2, 4),
+        "model": FLOAT64 | TWO_DENSE,
     },
     "pp 2x1x8, capacity, kv heads, documents": {
         "layout": "pp",

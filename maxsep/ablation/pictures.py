@@ -149,7 +149,8 @@ def _load(figure, result: dict) -> None:
     figure.set_size_inches(9, 0.35 * len(shares) + 1.8)
     axes = figure.subplots()
     image = axes.imshow(shares * 100, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_yticks(range(len(shares)))
+    first = result["config"]["model"]["layers"] - len(shares)  # dense layers come before
+    axes.set_yticks(range(len(shares)), range(first, first + len(shares)))
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     if shares.shape[1] <= 32:

@@ -7,7 +7,7 @@ from maxsep.ablation import kept, tables
 from maxsep.ablation.trial import Trial, columns
 from maxsep.cluster import child
 from maxsep.cluster.signals import Stop
-from maxsep.config import cli
+from maxsep.config import cli, segments
 from maxsep.config.matrices import parameters
 from maxsep.config.paths import REPOSITORY
 from maxsep.output.console import say
@@ -120,7 +120,7 @@ class Session:
         capacity = "dropless" if model.capacity_factor is None else f"capacity {model.capacity_factor}"
         facts = {
             "command": f"`{command}`",
-            "model": f"{model.layers} layers of {model.d_model}, {model.experts} experts of {model.d_ff}, "
+            "model": f"{segments.described(model)}, "
             f"top {model.top_k}, {capacity}, {model.dtype}, {parameters(model):,} parameters",
             "training": f"{_steps(results, train.steps)} of {train.batch_size} sequences of "
             f"{first.data.sequence_length} tokens, {train.accumulation} micro-batches each",

@@ -16,21 +16,22 @@ LETTERS = {
     "h": "heads",
     "e": "experts",
     "f": "hidden size of an expert",
+    "m": "hidden size of a dense MLP",
     "v": "vocabulary",
     "w": "weights at rest",  # no dimension: matrices are stored in further parts over these axes, gathered where used
 }
 
 LAYOUTS = {
-    # Heads over `attention`, experts over `expert`, tokens over both.
-    "ma": "b=expert s=attention h=attention e=expert v=attention",
+    # Heads and dense MLPs over `attention`, experts over `expert`, tokens over both.
+    "ma": "b=expert s=attention h=attention e=expert m=attention v=attention",
     # Attention as in `ma`, and the experts over the whole mesh: no expert is held twice.
-    "ma_folded": "b=expert s=attention h=attention e=attention+expert v=attention",
+    "ma_folded": "b=expert s=attention h=attention e=attention+expert m=attention v=attention",
     # Every matrix over `attention`, as Megatron-LM; `expert` splits the batch alone.
-    "tp": "b=expert s=attention h=attention f=attention v=attention",
+    "tp": "b=expert s=attention h=attention f=attention m=attention v=attention",
     # Layers over `stage`, a pipeline; the other axes split the batch alone.
     "pp": "l=stage b=attention+expert v=stage",
     # The same, and inside a stage every matrix over `attention`.
-    "tp_pp": "l=stage b=expert s=attention h=attention f=attention v=stage+attention",
+    "tp_pp": "l=stage b=expert s=attention h=attention f=attention m=attention v=stage+attention",
     # The batch over everything; weights are gathered a layer at a time (ZeRO-3, FSDP), experts stay over `expert`.
     "zero": "b=stage+attention+expert e=expert v=attention w=stage+attention+expert",
 }
@@ -45,6 +46,7 @@ TOGETHER = {
     "lh": "a layer's weights are split by both",
     "le": "a layer's weights are split by both",
     "lf": "a layer's weights are split by both",
+    "lm": "a layer's weights are split by both",
 }
 
 

@@ -29,6 +29,7 @@ def sizes(model: ModelConfig) -> dict[str, int]:
         "q": model.head_size,
         "e": model.experts,
         "f": model.d_ff,
+        "m": model.dense_d_ff or 0,
         "v": model.vocab_size,
     }
 
@@ -40,6 +41,7 @@ def matrices(model: ModelConfig) -> tuple[Matrix, ...]:
     return (
         Matrix("dhq", 2 * model.layers, 1),  # queries, output
         Matrix("dkq", 2 * model.layers, 1),  # keys, values
+        Matrix("dm", of_mlp * model.dense_layers, 1),
         Matrix("de", moe_layers(model), 1),  # routers
         Matrix("edf", of_mlp * moe_layers(model), model.top_k / model.experts),
         Matrix("vd", 1, 1),  # the output head

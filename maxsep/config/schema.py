@@ -113,7 +113,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm decoder, every layer with attention and a Mixture of Experts."""
+    """A pre-norm decoder: each layer has attention and a Mixture of Experts, or in the first ones a dense MLP."""
 
     layers: int = 4  # transformer blocks (num_hidden_layers)
     d_model: int = 256  # width of the residual stream (hidden_size)
@@ -122,6 +122,8 @@ class ModelConfig:
     head_dim: int | None = None  # size of a head; default: d_model / heads
     qk_norm: str = "none"  # RMS norm of queries and keys: none, head (each head by itself), all (over all heads)
     clip_qkv: float | None = None  # clip queries, keys and values to ± this value; default: off
+    dense_layers: int = 0  # first layers with a dense MLP instead of experts (first_k_dense_replace)
+    dense_d_ff: int | None = None  # hidden size of the dense MLP (intermediate_size); to be set with dense_layers
     experts: int = 16  # experts per layer (num_experts, num_local_experts)
     top_k: int = 2  # experts per token (num_experts_per_tok); 1 and normalized: only auxiliary losses train routers
     normalize_top_k: bool = True  # scale the weights of a token's experts to sum to 1 (norm_topk_prob)

@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 from maxsep.config import layouts
 from maxsep.config.schema import CHOICES, Config, ConfigError, fields
+from maxsep.config.segments import segments
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32's; importing NumPy to ask it takes 0.1 s
 WIDE = ("train.seed", "data.max_tokens", "data.eval_max_tokens")  # integers that never become int32
@@ -164,6 +165,14 @@ def _model(config: Config) -> None:
     path = "model.d_model / model.heads" if model.head_dim is None else "model.head_dim"
     _need(model.head_size % 2 == 0, path, model.head_size, "an even number, as rotary positions turn pairs")
     _need(model.top_k <= model.experts, "model.top_k", model.top_k, f"at most model.experts ({model.experts})")
+    _at_least(config, 0, "model.dense_layers")
+    takes = f"an integer below model.layers ({model.layers})"
+    _need(model.dense_layers < model.layers, "model.dense_layers", model.dense_layers, takes)
+    if model.dense_layers:
+        takes = f"an integer from 1 up, as model.dense_layers is {model.dense_layers}"
+        _need((model.dense_d_ff or 0) >= 1, "model.dense_d_ff", model.dense_d_ff, takes)
+    else:
+        _need(model.dense_d_ff is None, "model.dense_d_ff", model.dense_d_ff, "None where model.dense_layers is 0")
     if model.attention_kernel == "cudnn":
         _need(model.dtype == "bfloat16", "model.dtype", model.dtype, "bfloat16 where model.attention_kernel is cudnn")
 
@@ -171,6 +180,7 @@ def _model(config: Config) -> None:
 def _mesh(config: Config, training: bool) -> None:
     """Every rule follows from the layout's row."""
     model, dimensions = config.model, _dimensions(config)
+    work = dimensions.keys() - {"v"}
     if not training:
         del dimensions["b"], dimensions["s"]
     row, sizes = layouts.row(config.layout), config.mesh.sizes
@@ -179,13 +189,18 @@ def _mesh(config: Config, training: bool) -> None:
     def ways(letter: str) -> int:
         return math.prod(sizes[axis] for axis in row.get(letter, ()))
 
-    working = {axis for letter in "lbshef" for axis in row.get(letter, ())}
+    working = {axis for letter in work for axis in row.get(letter, ())}
     for axis, size in sizes.items():
         takes = f"1, as layout {config.layout} splits no work over it"
         if axis == "stage":
             takes += " (pp, tp_pp, and your own rows with l=stage split layers)"
         _need(size == 1 or axis in working, f"mesh.{axis}", size, takes)
     _divide(config.layout, row, sizes, dimensions)
+    if ways("l") > 1 and len(segments(model)) > 1:
+        got = " x ".join(f"{axis} {sizes[axis]}" for axis in row["l"])
+        fits = ", ".join(f"mesh.{axis}=1" for axis in row["l"])
+        why = f"the stages of layout {config.layout} must be alike, and the first ones would have the dense layers"
+        raise ConfigError(f"mesh: got {got}; takes {fits}, or model.dense_layers=0, as {why}")
     kv_heads, parts = model.n_kv_heads, ways("h")
     takes = f"a multiple or a divisor of {parts}, the parts of model.heads on this mesh"
     _need(kv_heads % parts == 0 or parts % kv_heads == 0, "model.kv_heads", kv_heads, takes)
@@ -218,6 +233,7 @@ def _dimensions(config: Config) -> dict[str, tuple[str, int]]:
         "h": ("model.heads", model.heads),
         "e": ("model.experts", model.experts),
         "f": ("model.d_ff", model.d_ff),
+        **({"m": ("model.dense_d_ff", model.dense_d_ff)} if model.dense_layers else {}),
         "v": ("model.vocab_size, rounded up to 128s,", model.padded_vocab_size),
     }
 

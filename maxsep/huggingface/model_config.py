@@ -161,6 +161,9 @@ def family_of(model: ModelConfig) -> Family:
     Raises:
         ConfigError: none has.
     """
+    if model.dense_layers:
+        takes = "0: the families of export have experts in every layer"
+        raise ConfigError(f"model.dense_layers: got {model.dense_layers}; takes {takes}")
     if model.activation != "swiglu":
         raise ConfigError(f"model.activation: got {model.activation!r}; takes swiglu, as the families of export have")
     (family,) = (family for family in FAMILIES.values() if family.qk_norm == model.qk_norm)

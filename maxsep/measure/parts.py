@@ -15,6 +15,7 @@ from maxsep.measure.communication import role
 PARTS = (
     "embedding",
     "attention",
+    "dense",
     "moe",
     "router",
     "dispatch",

@@ -42,6 +42,7 @@ def check(config: Config) -> None:
         ("mesh.stage", config.mesh.stage, (1,)),
         ("train.accumulation", config.train.accumulation, (1,)),
         ("data.cross_document_attention", config.data.cross_document_attention, (True,)),
+        ("model.dense_layers", model.dense_layers, (0,)),
         ("model.activation", model.activation, ("swiglu",)),
         ("model.dtype", model.dtype, ("float32", "bfloat16")),
         ("model.tied_embedding", model.tied_embedding, (False,)),

@@ -10,12 +10,13 @@ from maxsep.config import ModelConfig
 from maxsep.model.attention import Attention
 from maxsep.model.experts import PRODUCT
 from maxsep.model.layers import RMSNorm
+from maxsep.model.mlp import MLP
 from maxsep.model.moe import MoE
 from maxsep.model.parameters import Parameters
 from maxsep.parallel.layout import Layout
 
 # By `Segment.feed_forward`. Each has `train` and `infer`, and the first returns its statistics too, or None.
-FEED_FORWARD = {"moe": MoE}
+FEED_FORWARD = {"dense": MLP, "moe": MoE}
 
 
 class Block(nnx.Module):

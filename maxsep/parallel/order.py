@@ -54,6 +54,7 @@ def _sent(config: Config) -> list[Sent]:
     wide = max(4, cast)  # of a weight, and of its gradient
     tokens = train.batch_size * config.data.sequence_length / layout.ways("b") / layout.ways("s")
     passes = 2 + (model.remat == "full")
+    dense = model.dense_layers  # no stages then
     own, moe = model.layers / layout.ways("l"), moe_layers(model) / layout.ways("l")
 
     def joined(letter: str, times: float) -> Sent:
@@ -68,6 +69,7 @@ def _sent(config: Config) -> list[Sent]:
     sent = [
         joined("h", own * passes),
         joined("f", moe * passes),
+        joined("m", dense * passes),
         joined("v", 2),
         # Rows go there and back, and their gradients; rematerialisation repeats the way there.
         Sent(layout.axes("e"), "exchange", moe * (passes + 2) * copies * tokens * model.d_model * cast),

@@ -10,7 +10,7 @@ from maxsep.parallel.collectives import Axes
 from maxsep.parallel.layout import Layout
 
 # By which letters matrices are split; key/value heads as the queries that need them. Routers are whole, and small.
-SPLIT = {"dhq": "lh", "dkq": "lh", "edf": "lef", "vd": "v"}
+SPLIT = {"dhq": "lh", "dkq": "lh", "dm": "lm", "edf": "lef", "vd": "v"}
 
 
 class Kind(NamedTuple):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from maxsep.config import Config, ConfigError, MeshConfig, runs
+from maxsep.config import Config, ConfigError, runs
 from maxsep.config.layouts import AXES, LAYOUTS, row
 from maxsep.config.validate import validate
 
@@ -53,7 +53,7 @@ def every(config: Config, devices: int) -> list[Config]:
             except ConfigError as e:
                 refusal = e
                 continue
-            found.setdefault(_program(layout, mesh), made)
+            found.setdefault(_program(made), made)
     if not found:
         takes = "a number of devices over which some layout can split this config"
         raise ConfigError(f"--cluster: got {devices} devices; takes {takes}; the last that was tried: {refusal}")
@@ -67,14 +67,17 @@ def _shapes(devices: int, staged: bool) -> Iterator[tuple[int, int, int]]:
             yield stage, attention, devices // (stage * attention)
 
 
-def _program(layout: str, mesh: MeshConfig) -> tuple:
+def _program(config: Config) -> tuple:
     """What is the same of two layouts on meshes whose programs are: by how many devices which letters are split.
 
     An axis of size 1 splits nothing, and axes that split the same letters are as one.
     """
     axes: Counter[str] = Counter()
-    for axis, size in mesh.sizes.items():
-        letters = "".join(sorted(letter for letter, split in row(layout).items() if axis in split))
+    splits = row(config.layout)
+    if not config.model.dense_layers:
+        splits.pop("m", None)
+    for axis, size in config.mesh.sizes.items():
+        letters = "".join(sorted(letter for letter, split in splits.items() if axis in split))
         if size > 1:
             axes[letters] = size * (axes[letters] or 1)
     return tuple(sorted(axes.items()))

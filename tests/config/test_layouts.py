@@ -47,6 +47,11 @@ IMPOSSIBLE = {
     "layers and sequence": (["l=attention s=attention h=attention"], "layout: got 'l=attention and s=attention'"),
     "layers and heads": (["l=stage b=expert h=attention+stage"], "layout: got 'l=stage and h=attention+stage'"),
     "layers and experts": (["l=expert e=expert"], "layout: got 'l=expert and e=expert'"),
+    "stages that differ": (
+        ["pp", "mesh.stage=2", "mesh.expert=1", "train.accumulation=2", "model.dense_layers=1", "model.dense_d_ff=32"],
+        "mesh: got stage 2; takes mesh.stage=1, or model.dense_layers=0, as the stages of layout pp must be alike",
+    ),
+    "layers and a dense hidden size": (["l=stage m=stage"], "layout: got 'l=stage and m=stage'"),
     "layers and hidden size": (["l=stage f=stage"], "layout: got 'l=stage and f=stage'"),
     "experts without tokens": (["b=expert e=attention"], "layout: got 'e=attention'; takes axes of b and s"),
 }

@@ -58,6 +58,8 @@ def test_parameters():
     gelu = dataclasses.replace(small, activation="gelu", tied_embedding=True)
     assert parameters(gelu) == 2 * (attention + experts + 8 * 3 + 2 * 8) + 8 + 11 * 8
     assert parameters(small) == parameters(gelu) + 2 * 3 * 8 * 5 + 11 * 8
+    mixed = dataclasses.replace(small, layers=3, dense_layers=1, dense_d_ff=7)
+    assert parameters(mixed) == parameters(small) + attention + 3 * 8 * 7 + 2 * 8
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,12 @@ def test_an_integer_is_a_float():
         ({"optimizer.warmup_steps": 50, "optimizer.decay_steps": 49}, "optimizer.decay_steps"),
         ({"optimizer.final_fraction": 1.5}, "optimizer.final_fraction"),
         ({"optimizer.weight_decay": -0.1}, "optimizer.weight_decay"),
+        ({"model.dense_layers": 1, "model.dense_d_ff": 32}, None),
+        ({"model.dense_layers": -1}, "model.dense_layers"),
+        ({"model.dense_layers": 2, "model.dense_d_ff": 32}, "model.dense_layers"),
+        ({"model.dense_layers": 1}, "model.dense_d_ff"),
+        ({"model.dense_d_ff": 32}, "model.dense_d_ff"),
+        ({"model.dense_layers": 1, "model.dense_d_ff": 30, "mesh.attention": 4}, "mesh"),
         ({"data.source": "hub"}, "data.source"),
         ({"data.source": "tfds"}, "data.path"),
         ({"data.path": "x"}, "data.path"),

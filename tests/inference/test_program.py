@@ -39,8 +39,10 @@ MODELS = {
         },
         {},
     ),
-    "shared heads, documents, capacity, tied, gelu, k 3": (
+    "shared heads, documents, capacity, tied, gelu, k 3, a dense layer": (
         {
+            "dense_layers": 1,
+            "dense_d_ff": 48,
             "kv_heads": 2,
             "qk_norm": "all",
             "clip_qkv": 1.0,
@@ -52,16 +54,17 @@ MODELS = {
         },
         ONE_DOCUMENT,
     ),
+    "two dense layers": ({"layers": 3, "dense_layers": 2, "dense_d_ff": 64}, {}),
     "four layers, own heads": ({"layers": 4, "kv_heads": 4, "vocab_size": 256}, ONE_DOCUMENT),
 }
-COMBINED = "shared heads, documents, capacity, tied, gelu, k 3"
+COMBINED = "shared heads, documents, capacity, tied, gelu, k 3, a dense layer"
 FAST = [("ma", (1, 1), COMBINED), ("ma", (4, 4), COMBINED)]
 SLOW = [
     ("tp_pp", (2, 8, 1), "shared heads, documents"),
-    ("tp", (8, 2), "capacity, tied, gelu, k 3"),
+    ("tp", (8, 2), "two dense layers"),
     ("ma_folded", (4, 4), COMBINED),
     ("pp", (4, 1, 4), "four layers, own heads"),
-    ("zero", (2, 2, 4), "capacity, tied, gelu, k 3"),
+    ("zero", (2, 2, 4), "two dense layers"),
     ("l=stage b=expert h=attention", (2, 2, 4), "shared heads, documents"),
 ]
 EXHAUSTIVE = [

@@ -11,7 +11,8 @@ from maxsep.config.validate import validate
 from maxsep.measure.communication import STATISTICS, sent
 from maxsep.parallel.pipeline import bubble
 
-FULL = {"model": {"remat": "full"}}  # sends again what dots, the config's own, keeps
+DENSE = {"dense_layers": 1, "dense_d_ff": 32_768}
+FULL = {"model": {"remat": "full"} | DENSE}  # sends again what dots, the config's own, keeps
 OTHER = {"model": {"capacity_factor": None, "capacity_group": None, "remat": "none"}, "optimizer": {"zero1": False}}
 
 

@@ -21,14 +21,15 @@ from maxsep.training.run import Run
 SHAPES = {  # of the model; none has two equal sizes that could be taken for each other
     "narrow": {"layers": 4, "d_model": 48, "d_ff": 40, "vocab_size": 256},
     "wide": {"layers": 4, "d_model": 96, "d_ff": 80, "vocab_size": 640},
+    "mixed": {"layers": 4, "dense_layers": 2, "dense_d_ff": 224, "d_model": 48, "d_ff": 40, "vocab_size": 256},
     "long": {"layers": 8, "d_model": 64, "d_ff": 144, "vocab_size": 384},
 }
 CASES = [pytest.param(MA_IN_STAGES, (2, 4, 2), "narrow", id="in_stages-narrow")]
 for _layout, _meshes in ROWS.items():
     _name = "in_stages" if _layout == MA_IN_STAGES else _layout
     for _shape in SHAPES:
-        if (_layout, _shape) != (MA_IN_STAGES, "narrow"):
-            _slow = _shape == "wide" and _layout in ("ma", "tp", "zero")
+        if (_layout, _shape) != (MA_IN_STAGES, "narrow") and (_shape != "mixed" or _layout in ("ma", "tp", "zero")):
+            _slow = _shape == ("mixed" if _layout == "tp" else "wide") and _layout in ("ma", "tp", "zero")
             _mark = pytest.mark.slow if _slow else pytest.mark.exhaustive
             CASES.append(pytest.param(_layout, _meshes[0], _shape, marks=_mark, id=f"{_name}-{_shape}"))
 # What the source asks for, by role: no XLA here has chosen another.
@@ -37,6 +38,7 @@ KINDS = {
     "dispatch": {"all-to-all"},
     "embedding, head": {"all-gather", "reduce-scatter", "all-reduce"},
     "stages": {"collective-permute"},
+    "dense layers": {"all-gather", "reduce-scatter"},
     "gradients": {"reduce-scatter", "all-reduce"},
     "parameters": {"all-gather"},
 }
@@ -97,7 +99,7 @@ def test_the_peak_is_the_sum_of_what_lies_in_memory(layout, mesh, shape):
 
 def test_the_products_are_those_that_the_model_needs():
     """But for attention's: of one block of queries all keys are taken, and the scores are made again."""
-    c = config(model=SHAPES["narrow"] | {"capacity_factor": 1.0})
+    c = config(model=SHAPES["mixed"] | {"capacity_factor": 1.0})
     with jax.set_mesh(make_mesh(c)):
         run = Run(c)
         found = program.products(optimised(run.lower_train_step()))
