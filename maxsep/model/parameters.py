@@ -1,9 +1,9 @@
 """A model's parameters: declared by their shape letters where they are used, drawn all at once, used in a dtype."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -36,7 +36,6 @@ class Parameters:
     sizes: dict[str, int]
     dtype: jnp.dtype
     layers: int | None = None
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def stacked(self, layers: int) -> "Parameters":
         """For the modules of a segment of so many layers."""
@@ -47,7 +46,7 @@ class Parameters:
         shape, spec = self._stacked(letters, whole)
         spec, parts = self.layout.at_rest(spec, shape)
         abstract = self._abstract(shape, spec, self.wide if wide else self.dtype)
-        return nnx.Param(abstract, parts=parts, std=std, number=next(self._numbers))
+        return nnx.Param(abstract, parts=parts, std=std)
 
     def ones(self, letters: str) -> nnx.Param:
         """A norm's scales."""
@@ -86,15 +85,15 @@ def drawn(model: nnx.Module, seed: int) -> dict[str, dict]:
 
     Jit it: they are then born there.
     """
-    rngs, params = nnx.Rngs(seed), dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    in_order = sorted((param.number, path) for path, param in params.items() if param.std is not None)
-    keys = {path: rngs.params() for _, path in in_order}
+    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
     def draw(path: tuple[str, ...], param: nnx.Param) -> jax.Array:
         x = param.get_value()
         if param.std is None:
             return jnp.ones(x.shape, x.dtype, out_sharding=x.sharding.spec)
-        normal = jax.random.normal(keys[path], x.shape, x.dtype, out_sharding=x.sharding.spec)
+        # By its path alone: another parameter, or another order of them, changes no draw.
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(".".join(path).encode()))
+        normal = jax.random.normal(key, x.shape, x.dtype, out_sharding=x.sharding.spec)
         return normal * jnp.asarray(param.std, x.dtype)
 
     def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
