@@ -37,15 +37,21 @@ def parameters(c: Config, draw: int = 0):
     return drawn(generator(c).program.abstract["params"], [SEED, 13, draw])
 
 
+@functools.cache
+def buffers(c: Config):
+    """Of a config: biases of its routers, if they have any."""
+    return drawn(generator(c).program.abstract["buffers"], [SEED, 19])
+
+
 def weights(c: Config, params):
-    """`params` on the config's mesh, which must be set."""
+    """`params` and `buffers` on the config's mesh, which must be set."""
     of, mesh = generator(c).program, jax.sharding.get_mesh()
 
     def place(x, like):
         sharding = jax.sharding.NamedSharding(mesh, like.sharding.spec)
         return jax.device_put(np.asarray(x, like.dtype), sharding)
 
-    return of.weights(jax.tree.map(place, {"params": params, "buffers": {}}, of.abstract))
+    return of.weights(jax.tree.map(place, {"params": params, "buffers": buffers(c)}, of.abstract))
 
 
 def completed(

@@ -64,17 +64,18 @@ def sent_bytes(c, state) -> dict[str, float]:
         )
     if ways("w") > 1:
         experts = bytes_on_device([segment["feed_forward"].get("experts", {}) for segment in segments])
-        mlps = bytes_on_device(state.params["segments"].get("dense", {}).get("feed_forward", {}))
+        parts = [segment["feed_forward"] for segment in segments]
+        mlps = bytes_on_device([part if "w_in_dm" in part else part.get("shared", {}) for part in parts])
         routers = bytes_on_device([segment["feed_forward"].get("router", {}) for segment in segments])
         others = bytes_on_device([segment["attention"] for segment in segments]) + routers
         tables = bytes_on_device((state.params["head_vd"], state.params["embedding"]))
-        parts = math.prod(size.values())
-        gradients += A * parts * (experts // ways("e") + mlps // ways("m") + others + tables // ways("v"))
+        everything = math.prod(size.values())
+        gradients += A * everything * (experts // ways("e") + mlps // ways("m") + others + tables // ways("v"))
         parameters += A * (2 * (experts + mlps + others) * c_bytes // w_bytes + tables)
     return {
         "attention": A * L // P * attention,
         "dispatch": A * (L - M) // P * dispatch,
-        "dense layers": A * M * dense,
+        "dense MLPs": A * (M + (L - M if model.shared_experts else 0)) // P * dense,
         "stages": 2 * (A + P - 1) * t * D * c_bytes if P > 1 else 0,
         "embedding, head": A * vocabulary,
         "gradients": gradients,

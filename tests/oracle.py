@@ -7,6 +7,7 @@
 import functools
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,23 +178,57 @@ def attend(q_shq, k_skq, v_skq, segment_s):
     return jax.vmap(head, in_axes=1, out_axes=1)(q_shq, k_skq[:, kv_head], v_skq[:, kv_head])
 
 
-def dense_moe(x_td, w, layer, model, groups):
-    """Every expert on every token, weighted; the auxiliary losses, the dropped choices, the smallest gap (below)."""
+class Layer(NamedTuple):
+    """What losses are made of, of one micro-batch; per sequence, without padding."""
+
+    scored_be: jax.Array  # choices that the scores alone make
+    probability_be: jax.Array  # sums of scores that sum to 1
+    z_b: jax.Array  # sums of squared log-sum-exps
+    tokens_b: jax.Array
+
+
+def choices(score_e, model):
+    """The experts of one token, of numbers that rank them: of the groups with the largest sums of their two best."""
+    size = model.experts // model.router_groups
+    best = [score_e[g * size : (g + 1) * size] for g in range(model.router_groups)]
+    if model.router_groups > 1:
+        sums = jnp.array([jnp.sort(group)[-2:].sum() for group in best])
+        allowed = jnp.argsort(-sums, stable=True)[: model.router_top_groups]
+        score_e = jnp.where(jnp.isin(jnp.arange(model.experts) // size, allowed), score_e, -jnp.inf)
+    return jnp.argsort(-score_e, stable=True)[: model.top_k]
+
+
+def gap_of(score_te, ids_tn, model):
+    """The smallest difference between a token's last chosen expert and the best that it did not choose."""
+    if model.top_k == model.experts or model.router_groups > 1:
+        return jnp.inf
+    ranked = jax.lax.stop_gradient(jnp.sort(score_te, axis=-1)[:, ::-1])
+    return (ranked[:, model.top_k - 1] - ranked[:, model.top_k]).min()
+
+
+def dense_moe(x_td, w, layer, model, groups, real_bs, bias_e):
+    """Every expert on every token, weighted, and the shared ones; `Layer`; dropped choices; the smallest gap."""
     tokens = x_td.shape[0]
-    scores = x_td @ w["router"]["w_de"][layer]
-    ranked = jax.lax.stop_gradient(jnp.sort(scores, axis=-1)[:, ::-1])
-    gap = (ranked[:, model.top_k - 1] - ranked[:, model.top_k]).min() if model.top_k < model.experts else jnp.inf
-    top, ids = jax.lax.top_k(scores, model.top_k)
-    chosen_tne = ids[..., None] == jnp.arange(model.experts)
-    kept = jnp.ones((tokens, model.top_k), bool)
+    real_t = real_bs.ravel()
+    logits = x_td @ w["router"]["w_de"][layer]
+    sigmoid = model.router_score == "sigmoid"
+    scores = 1 / (1 + jnp.exp(-logits)) if sigmoid else jax.nn.softmax(logits, axis=-1)
+    ranks = logits if not sigmoid and model.router_groups == 1 and not model.router_bias_rate else scores
+    scored = jax.vmap(functools.partial(choices, model=model))(ranks)
+    ids = jax.vmap(functools.partial(choices, model=model))(ranks + bias_e) if model.router_bias_rate else scored
+    gap = gap_of(ranks + bias_e, ids, model)
+    chosen_tne = (ids[..., None] == jnp.arange(model.experts)) & real_t[:, None, None]
+    kept = jnp.broadcast_to(real_t[:, None], (tokens, model.top_k))
     if model.capacity_factor is not None:
         for group in groups:
             of_group = chosen_tne[np.asarray(group)].reshape(-1, model.experts)
             place = ((jnp.cumsum(of_group, axis=0) - of_group) * of_group).sum(axis=1)
-            kept = kept.at[np.asarray(group)].set((place < capacity(len(group), model)).reshape(-1, model.top_k))
-    weight_tn = jax.nn.softmax(top, axis=-1)
-    if not model.normalize_top_k:
-        weight_tn = (jax.nn.softmax(scores, axis=-1)[:, None] * chosen_tne).sum(axis=-1)
+            fits = (place < capacity(len(group), model)).reshape(-1, model.top_k)
+            kept = kept.at[np.asarray(group)].set(fits & real_t[np.asarray(group), None])
+    weight_tn = (scores[:, None] * (ids[..., None] == jnp.arange(model.experts))).sum(axis=-1)
+    if model.normalize_top_k:
+        weight_tn = weight_tn / weight_tn.sum(axis=-1, keepdims=True)
+    weight_tn = weight_tn * model.router_scale
     weight_te = ((weight_tn * kept)[..., None] * chosen_tne).sum(axis=1)
 
     def expert(w_of):
@@ -201,10 +236,42 @@ def dense_moe(x_td, w, layer, model, groups):
 
     y_etd = jax.vmap(expert)({name: stacked[layer] for name, stacked in w["experts"].items()})
     y = (weight_te.T[..., None] * y_etd).sum(axis=0)
-    share = chosen_tne.sum(axis=(0, 1)) / (tokens * model.top_k)
-    balancing = model.experts * (share * jax.nn.softmax(scores, axis=-1).mean(axis=0)).sum()
-    z = (jax.nn.logsumexp(scores, axis=-1) ** 2).mean()
-    return y, balancing, z, (~kept).sum(), gap
+    if model.shared_experts:
+        shared = mlp(x_td, w["shared"], layer, model)
+        if model.shared_gate:
+            shared = shared / (1 + jnp.exp(-(x_td @ w["shared_gate_d"][layer])))[:, None]
+        y = y + shared
+
+    def by_sequence(of_t):
+        return (of_t * real_t.reshape(-1, *[1] * (of_t.ndim - 1))).reshape(*real_bs.shape, *of_t.shape[1:]).sum(axis=1)
+
+    scored_te = (scored[..., None] == jnp.arange(model.experts)).sum(axis=1)
+    probability = scores / scores.sum(axis=-1, keepdims=True)
+    z_t = jax.nn.logsumexp(logits, axis=-1) ** 2
+    sums = Layer(by_sequence(scored_te), by_sequence(probability), by_sequence(z_t), real_bs.sum(axis=1))
+    return y, sums, real_t.sum() * model.top_k - kept.sum(), gap
+
+
+def auxiliary(micro_batches: list[list[Layer]], model):
+    """Both auxiliary losses of a step at their coefficients, of each micro-batch's layers."""
+    total = 0.0
+    for of_layer in zip(*micro_batches, strict=True):
+        balancing, z = [], []
+        if model.balance_over == "batch":
+            of_layer = [Layer(*map(jnp.concatenate, zip(*of_layer, strict=True)))]
+        for one in of_layer:
+            count = one.tokens_b.sum()
+            z.append(one.z_b.sum() / count)
+            if model.balance_over == "sequence":
+                length = jnp.maximum(one.tokens_b, 1)[:, None]
+                each = (one.scored_be / (length * model.top_k) * one.probability_be / length).sum(axis=1)
+                balancing.append(model.experts * each.sum() / (one.tokens_b > 0).sum())
+            else:
+                share = one.scored_be.sum(axis=0) / (count * model.top_k)
+                balancing.append(model.experts * (share * one.probability_be.sum(axis=0) / count).sum())
+        total += model.load_balancing_coefficient * sum(balancing) / len(balancing)
+        total += model.router_z_coefficient * sum(z) / len(z)
+    return total
 
 
 def feed_forward(x_td, w_in, w_gate, w_out):
@@ -219,13 +286,16 @@ def mlp(x_td, w, layer, model):
     return feed_forward(x_td, w["w_in_dm"][layer], w_gate, w["w_out_md"][layer])
 
 
-def model_scores(params, tokens, model, groups=(), end_of_text=None):
+def model_scores(params, tokens, model, groups=(), end_of_text=None, real=None, bias_le=None):
     """Scores [b, s, V] of the next token after each of `tokens` [b, s], of the ids alone.
 
-    Also the auxiliary losses at their coefficients, the dropped choices, and the smallest gap, as `model_loss`.
+    Also a `Layer` for each that has experts, the dropped choices, and the smallest gap, as `model_loss`. `real` says
+    which tokens are no padding; None: all.
     """
-    auxiliary, dropped, gap = 0.0, 0, jnp.inf
+    layers, dropped, gap = [], 0, jnp.inf
     b, s = tokens.shape
+    real = np.ones((b, s), bool) if real is None else real
+    bias_le = np.zeros((model.layers, model.experts)) if bias_le is None else bias_le
     segments = np.zeros((b, s), int)
     if end_of_text is not None:
         for row in range(b):
@@ -242,28 +312,29 @@ def model_scores(params, tokens, model, groups=(), end_of_text=None):
         if kind == "dense":
             x = x + mlp(y, block["feed_forward"], layer, model).reshape(b, s, -1)
             continue
-        y, balancing, z, lost, least = dense_moe(y, block["feed_forward"], layer, model, groups)
-        auxiliary += model.load_balancing_coefficient * balancing + model.router_z_coefficient * z
+        y, sums, lost, least = dense_moe(y, block["feed_forward"], layer, model, groups, real, bias_le[layer])
+        layers.append(sums)
         dropped += lost
         gap = jnp.minimum(gap, least)
         x = x + y.reshape(b, s, -1)
     x = rms_norm(x, params["final_norm"]["scale"], model.norm_eps)
     table = params["embedding"]["table_vd"] if model.tied_embedding else params["head_vd"]
-    return x @ table[: model.vocab_size].T, auxiliary, dropped, gap
+    return x @ table[: model.vocab_size].T, layers, dropped, gap
 
 
-def model_loss(params, batch_abt, config, groups=(), end_of_text=None):
+def model_loss(params, batch_abt, config, groups=(), end_of_text=None, bias_le=None):
     """Total loss of a step on records [accumulation, micro-batch, S + 1].
 
     Also the cross-entropy a token, the dropped choices, and the smallest gap between a token's k-th and next router
     score: where it is larger than rounding, another order of sums chooses the same experts.
     """
-    total_nll, auxiliary, dropped, gap = 0.0, 0.0, 0, jnp.inf
+    total_nll, layers, dropped, gap = 0.0, [], 0, jnp.inf
     for batch_bt in np.asarray(batch_abt):
         tokens, targets = np.maximum(batch_bt[:, :-1], 0), batch_bt[:, 1:]
-        scores, more, lost, least = model_scores(params, tokens, config.model, groups, end_of_text)
-        auxiliary, dropped, gap = auxiliary + more, dropped + lost, jnp.minimum(gap, least)
+        real = batch_bt[:, :-1] >= 0
+        scores, more, lost, least = model_scores(params, tokens, config.model, groups, end_of_text, real, bias_le)
+        layers, dropped, gap = [*layers, more], dropped + lost, jnp.minimum(gap, least)
         nll = -jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), np.maximum(targets, 0)[..., None], axis=-1)
         total_nll += jnp.where(targets >= 0, nll[..., 0], 0).sum()
     count = (np.asarray(batch_abt)[..., 1:] >= 0).sum()
-    return total_nll / count + auxiliary / len(batch_abt), (total_nll / count, dropped, gap)
+    return total_nll / count + auxiliary(layers, config.model), (total_nll / count, dropped, gap)

@@ -34,21 +34,23 @@ def optimised(lowered) -> hlo.Module:
     return hlo.parse(lowered.compile().as_text())
 
 
-def model(params) -> dict:
-    """A model's variables with these parameters, of a model without buffers."""
-    return {"params": params, "buffers": {}}
+def model(params, buffers=None) -> dict:
+    """A model's variables; by default of one without buffers."""
+    return {"params": params, "buffers": {} if buffers is None else buffers}
 
 
 def placed(tree, like):
     return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), tree, like)
 
 
-def gradients(c: Config, params, batch, step: int = 0, ids: int | None = None):
+def gradients(c: Config, params, batch, step: int = 0, ids: int | None = None, buffers=None):
     """Gradients and metrics of a step at `params`, as the train step computes them, with a tokenizer of so many ids."""
     r = run(c, ids)
     with wide(c), jax.set_mesh(r.mesh):
         batch = jax.device_put(batch, r.batch_sharding)
-        return jax.device_get(r.gradients(placed(model(params), r.abstract_state.variables), batch, np.int32(step)))
+        return jax.device_get(
+            r.gradients(placed(model(params, buffers), r.abstract_state.variables), batch, np.int32(step))
+        )
 
 
 def first_step(c: Config, params, batch):
@@ -65,7 +67,7 @@ def first_step(c: Config, params, batch):
                 return found[-1]
 
             program._gradients = seen
-            return program.train_step(program.fresh(variables), batch)[1], found[0][0]
+            return program.train_step(program.fresh(**variables), batch)[1], found[0][0]
 
         batch = jax.device_put(batch, r.batch_sharding)
         figures, of_step = jax.device_get(jax.jit(both)(placed(model(params), r.abstract_state.variables), batch))

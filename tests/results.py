@@ -11,7 +11,7 @@ def result(name: str = "ma:4x4", devices: int = 16, **changed) -> dict:
         "layout": layout,
         "devices": devices,
         "config": {
-            "model": {"dtype": "float64", "capacity_factor": 1.0, "capacity_group": 8},
+            "model": {"layers": 2, "dtype": "float64", "capacity_factor": 1.0, "capacity_group": 8},
             "data": {"sequence_length": 64},
         },
         "device_kind": "cpu",

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from programs import END_OF_TEXT, gradients, leaves_differ, parameters, trained
-from small import MA_IN_STAGES, MESHES, config, named, text
+from programs import END_OF_TEXT, drawn, gradients, leaves_differ, parameters, run, trained
+from small import MA_IN_STAGES, MESHES, SEED, config, named, text
 
 from maxsep.config import ConfigError, MeshConfig
 from maxsep.config.layouts import AXES, row
@@ -33,6 +33,10 @@ def devices_apart(c) -> tuple[int, int]:
 
 # Each config is compared with the dense oracle on its mesh; those of the fast suite have each value of each switch.
 FLOAT64 = {"dtype": "float64"}
+SIGMOID, BIAS = {"router_score": "sigmoid", "router_scale": 2.5}, {"router_bias_rate": 0.01}
+GROUPS, SHARED = {"router_groups": 8, "router_top_groups": 2}, {"shared_experts": 2}
+OVER_SEQUENCES, OVER_THE_BATCH = {"balance_over": "sequence"}, {"balance_over": "batch"}
+MICRO = {"batch_size": 32, "accumulation": 2}
 TWO_DENSE = {"layers": 3, "dense_layers": 2, "dense_d_ff": 48}
 STEPS = {
     "4x4, unrolled, dots, k 3, gelu, norms of each head, raw weights, ids that the tokenizer lacks": {
@@ -78,6 +82,10 @@ STEPS = {
         "data": {"cross_document_attention": False},
     },
     "4x4, two dense layers": {"mesh": (4, 4), "model": FLOAT64 | TWO_DENSE},
+    "4x4, sigmoid, bias, groups, scale, gated shared experts": {
+        "mesh": (4, 4),
+        "model": FLOAT64 | SIGMOID | BIAS | GROUPS | SHARED | {"layers": 1, "shared_gate": True},
+    },
 }
 TWO_STAGES, FOUR_STAGES = ({"batch_size": 16 * stages, "accumulation": stages} for stages in (2, 4))
 SLOW_STEPS = {
@@ -140,6 +148,33 @@ SLOW_STEPS = {
         "model": FLOAT64 | TWO_DENSE | {"scan_layers": False},
         "data": {"cross_document_attention": False},
     },
+    "ma_folded 4x4, a bias of softmax, over sequences, many rounds": {
+        "layout": "ma_folded",
+        "mesh": (4, 4),
+        "model": FLOAT64 | BIAS | OVER_SEQUENCES | {"exchange_factor": 0.3},
+    },
+    "tp 8x2, sigmoid, raw weights, groups, over the batch, capacity, full": {
+        "layout": "tp",
+        "mesh": (8, 2),
+        "model": FLOAT64
+        | SIGMOID
+        | GROUPS
+        | OVER_THE_BATCH
+        | {"normalize_top_k": False, "capacity_factor": 1.25, "remat": "full"},
+        "train": MICRO,
+    },
+    "zero 4x4, shared experts, a dense layer, bias, over the batch, dots": {
+        "layout": "zero",
+        "mesh": (4, 4),
+        "model": FLOAT64 | BIAS | SHARED | OVER_THE_BATCH | {"dense_layers": 1, "dense_d_ff": 48, "remat": "dots"},
+        "train": MICRO,
+    },
+    "pp 2x1x8, sigmoid, bias, groups, shared experts, over the batch": {
+        "layout": "pp",
+        "mesh": (2, 1, 8),
+        "model": FLOAT64 | SIGMOID | BIAS | GROUPS | SHARED | OVER_THE_BATCH,
+        "train": {"batch_size": 48, "accumulation": 3},
+    },
     "own, dense layers over two axes, weights at rest": {
         "layout": "b=expert s=attention h=attention e=expert m=attention+expert f=stage v=stage w=stage+expert",
         "mesh": (2, 2, 4),
@@ -201,6 +236,19 @@ EXHAUSTIVE_STEPS = {
         "optimizer": {"zero1": True},
     },
     "1x1": {"mesh": (1, 1)},
+    "1x1, sigmoid": {"model": FLOAT64 | SIGMOID},
+    "1x1, groups": {"model": FLOAT64 | GROUPS},
+    "1x1, bias": {"model": FLOAT64 | BIAS},
+    "1x1, shared experts": {"model": FLOAT64 | SHARED},
+    "1x1, over sequences": {"model": FLOAT64 | OVER_SEQUENCES},
+    "1x1, over the batch": {"model": FLOAT64 | OVER_THE_BATCH, "train": {"accumulation": 4}},
+    "2x8, over sequences": {"mesh": (2, 8), "model": FLOAT64 | OVER_SEQUENCES, "train": MICRO},
+    "tp_pp 2x8x1, bias, over sequences, gated shared experts": {
+        "layout": "tp_pp",
+        "mesh": (2, 8, 1),
+        "model": FLOAT64 | BIAS | OVER_SEQUENCES | SHARED | {"shared_gate": True},
+        "train": MICRO,
+    },
     "2x8 unrolled, dots, k 3, gelu, many rounds": {
         "mesh": (2, 8),
         "model": {"scan_layers": False, "remat": "dots", "top_k": 3, "activation": "gelu", "exchange_factor": 0.3},
@@ -256,6 +304,7 @@ class Dense(NamedTuple):
     cross_entropy: float
     dropped: int
     gradients: dict
+    buffers: dict
 
 
 def ids_of(name: str) -> int:
@@ -273,9 +322,11 @@ def dense(name: str) -> Dense:
     groups = oracle.device_groups(rows, length, *devices_apart(c), c.model.capacity_group)
     end_of_text = None if c.data.cross_document_attention else END_OF_TEXT
     known = replace(c, model=replace(c.model, vocab_size=ids))
+    buffers = drawn(run(c, ids).abstract_state.buffers, [SEED, 17])
+    (bias_le,) = jax.tree.leaves(buffers) or [None]
     with jax.enable_x64(True):
         loss = functools.partial(
-            oracle.model_loss, batch_abt=batch, config=known, groups=groups, end_of_text=end_of_text
+            oracle.model_loss, batch_abt=batch, config=known, groups=groups, end_of_text=end_of_text, bias_le=bias_le
         )
         differentiated = jax.jit(jax.value_and_grad(loss, has_aux=True))
         for draw in range(10):  # one draw in some twenty has a smaller gap
@@ -283,7 +334,7 @@ def dense(name: str) -> Dense:
             outputs = jax.device_get(differentiated(jax.tree.map(jnp.asarray, params)))
             (total, (cross_entropy, dropped, gap)), gradients = outputs
             if gap >= GAP:
-                return Dense(params, batch, total, cross_entropy, dropped, gradients)
+                return Dense(params, batch, total, cross_entropy, dropped, gradients, buffers)
     raise AssertionError("rounding may choose other experts than the oracle")
 
 
@@ -299,7 +350,7 @@ def marks(name: str) -> list:
 def test_a_step_equals_the_dense_model(name):
     """Loss and every gradient. The rows of ids that no text has get none, so these have no probability."""
     c, expected, ids = config(**STEPS[name]), dense(name), ids_of(name)
-    found, metrics = gradients(c, expected.params, expected.batch, ids=ids)
+    found, metrics = gradients(c, expected.params, expected.batch, ids=ids, buffers=expected.buffers)
     rounding = ROUNDING[c.model.dtype]
     assert metrics["total_loss"] == pytest.approx(expected.loss, rel=rounding)
     assert metrics["loss"] == pytest.approx(expected.cross_entropy, rel=rounding)

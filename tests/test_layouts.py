@@ -139,6 +139,8 @@ def test_a_run_that_moves_between_layouts_stays_on_its_curve(tmp_path, data, tri
         "expert_dropout": 0.1,
         "capacity_factor": 1.0,
         "capacity_group": 4,
+        "router_bias_rate": 0.01,
+        "balance_over": "batch",
     }
 
     def go(folder, layout, mesh, steps):

@@ -150,9 +150,12 @@ def _load(figure, result: dict) -> None:
     axes = figure.subplots()
     image = axes.imshow(shares * 100, aspect="auto", cmap="viridis", vmin=0)
     first = result["config"]["model"]["layers"] - len(shares)  # dense layers come before
-    axes.set_yticks(range(len(shares)), range(first, first + len(shares)))
+    names = [f"{number}: {of.max() * of.size - 1:.2f}" for number, of in enumerate(shares, first)]
+    if (norms := result.get("router_bias_norm")) is not None:
+        names = [f"{name}, {norm:.3f}" for name, norm in zip(names, norms, strict=True)]
+    axes.set_yticks(range(len(shares)), names)
     axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
+    axes.set_ylabel("layer: MaxVio" + (", norm of its bias" if result.get("router_bias_norm") else ""))
     if shares.shape[1] <= 32:
         axes.set_xticks(range(shares.shape[1]))
     figure.colorbar(image, label=f"share of choices, %\n(even: {100 / shares.shape[1]:.2f})")

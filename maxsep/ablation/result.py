@@ -66,6 +66,7 @@ def collect(trial: Trial) -> dict:
         "load_balancing_loss": last["load_balancing_loss"],
         "experts_used": statistics.fmean(last["layers"]["experts_used"]),
         "expert_shares": last["expert_shares"],
+        "router_bias_norm": last["layers"].get("router_bias_norm"),
         "bubble": summary["bubble"],
         **_program(folder, config, devices["kind"]),
     }

@@ -16,7 +16,7 @@ LETTERS = {
     "h": "heads",
     "e": "experts",
     "f": "hidden size of an expert",
-    "m": "hidden size of a dense MLP",
+    "m": "hidden size of dense layers and of shared experts",
     "v": "vocabulary",
     "w": "weights at rest",  # no dimension: matrices are stored in further parts over these axes, gathered where used
 }

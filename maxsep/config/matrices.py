@@ -13,14 +13,15 @@ class Matrix(NamedTuple):
     letters: str  # of one of them
     count: int  # how many there are
     used: float  # share of them that a token is multiplied with
+    hidden: int = 0  # the size of `m`, which dense layers and shared experts have each their own of
 
     def size(self, sizes: dict[str, int]) -> int:
-        """Parameters of all of them, if the letters have these `sizes`."""
-        return self.count * math.prod(sizes[letter] for letter in self.letters)
+        """Parameters of all of them, if the other letters have these `sizes`."""
+        return self.count * math.prod((sizes | {"m": self.hidden})[letter] for letter in self.letters)
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:
-    """The size of each letter's dimension; `v` without the rows that only pad the vocabulary."""
+    """The size of each letter's dimension but `m`; `v` without the rows that only pad the vocabulary."""
     return {
         "l": model.layers,
         "d": model.d_model,
@@ -29,7 +30,6 @@ def sizes(model: ModelConfig) -> dict[str, int]:
         "q": model.head_size,
         "e": model.experts,
         "f": model.d_ff,
-        "m": model.dense_d_ff or 0,
         "v": model.vocab_size,
     }
 
@@ -41,8 +41,10 @@ def matrices(model: ModelConfig) -> tuple[Matrix, ...]:
     return (
         Matrix("dhq", 2 * model.layers, 1),  # queries, output
         Matrix("dkq", 2 * model.layers, 1),  # keys, values
-        Matrix("dm", of_mlp * model.dense_layers, 1),
+        Matrix("dm", of_mlp * model.dense_layers, 1, model.dense_d_ff or 0),
         Matrix("de", moe_layers(model), 1),  # routers
+        Matrix("dm", of_mlp * moe_layers(model), 1, model.shared_experts * model.d_ff),
+        Matrix("d", moe_layers(model) * model.shared_gate, 1),
         Matrix("edf", of_mlp * moe_layers(model), model.top_k / model.experts),
         Matrix("vd", 1, 1),  # the output head
         *embedding,

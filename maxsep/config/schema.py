@@ -25,6 +25,8 @@ CHOICES = {
     "data.source": ("docstrings", "tfds", "files"),
     "model.activation": ("swiglu", "gelu"),
     "model.qk_norm": ("none", "head", "all"),
+    "model.router_score": ("softmax", "sigmoid"),
+    "model.balance_over": ("micro_batch", "sequence", "batch"),
     "model.remat": ("none", "full", "dots"),
     "model.attention_kernel": ("auto", "xla", "cudnn"),
     "model.dtype": ("float32", "bfloat16", "float64"),
@@ -126,8 +128,15 @@ class ModelConfig:
     dense_d_ff: int | None = None  # hidden size of the dense MLP (intermediate_size); to be set with dense_layers
     experts: int = 16  # experts per layer (num_experts, num_local_experts)
     top_k: int = 2  # experts per token (num_experts_per_tok); 1 and normalized: only auxiliary losses train routers
+    router_score: str = "softmax"  # what scores experts: softmax over all, or sigmoid of each (scoring_func)
+    router_bias_rate: float = 0.0  # balance by a bias that moves by so much per step (expert bias, noaux_tc); 0: none
+    router_groups: int = 1  # groups of experts of which a token takes the best (n_group); 1: all are one
+    router_top_groups: int = 1  # groups that a token's experts come from (topk_group)
+    router_scale: float = 1.0  # factor of the weights of a token's experts (routed_scaling_factor)
     normalize_top_k: bool = True  # scale the weights of a token's experts to sum to 1 (norm_topk_prob)
     d_ff: int = 512  # hidden size of an expert (moe_intermediate_size)
+    shared_experts: int = 0  # experts of that size that every token goes to (n_shared_experts)
+    shared_gate: bool = False  # multiply what shared experts make by a sigmoid of the token (Qwen2-MoE)
     vocab_size: int = 50_257  # rows of the embedding that stand for an id; more rows only pad it for sharding
     mask_unused_ids: bool = True  # give ids that the tokenizer lacks no probability
     activation: str = "swiglu"  # swiglu (three matrices per expert) or gelu (two)
@@ -136,6 +145,7 @@ class ModelConfig:
     exchange_factor: float = 1.5  # dropless: rows per all-to-all, relative to a balanced load; others take more rounds
     expert_dropout: float = 0.0  # dropout rate of experts' outputs in training
     load_balancing_coefficient: float = 0.01  # weight of the load-balancing loss (router_aux_loss_coef)
+    balance_over: str = "micro_batch"  # the load-balancing loss is over each sequence, each micro_batch, or the batch
     router_z_coefficient: float = 0.001  # weight of the router's z-loss (router_z_loss_coef)
     rope_theta: float = 10_000.0  # base of the rotary position embedding
     norm_eps: float = 1e-5  # epsilon of the RMS norms (rms_norm_eps)

@@ -22,7 +22,8 @@ def segments(model: ModelConfig) -> tuple[Segment, ...]:
 def described(model: ModelConfig) -> str:
     """The layers, for people."""
     dense = f" ({model.dense_layers} dense of {model.dense_d_ff})" if model.dense_layers else ""
-    return f"{model.layers} layers of {model.d_model}{dense}, {model.experts} experts of {model.d_ff}"
+    shared = f" and {model.shared_experts} shared" if model.shared_experts else ""
+    return f"{model.layers} layers of {model.d_model}{dense}, {model.experts} experts of {model.d_ff}{shared}"
 
 
 def moe_layers(model: ModelConfig) -> int:

@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import PurePath
 
 from maxsep.config import layouts
-from maxsep.config.schema import CHOICES, Config, ConfigError, fields
+from maxsep.config.schema import CHOICES, Config, ConfigError, ModelConfig, fields
 from maxsep.config.segments import segments
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # float32's; importing NumPy to ask it takes 0.1 s
@@ -165,7 +165,8 @@ def _model(config: Config) -> None:
     path = "model.d_model / model.heads" if model.head_dim is None else "model.head_dim"
     _need(model.head_size % 2 == 0, path, model.head_size, "an even number, as rotary positions turn pairs")
     _need(model.top_k <= model.experts, "model.top_k", model.top_k, f"at most model.experts ({model.experts})")
-    _at_least(config, 0, "model.dense_layers")
+    _router(config)
+    _at_least(config, 0, "model.dense_layers", "model.shared_experts")
     takes = f"an integer below model.layers ({model.layers})"
     _need(model.dense_layers < model.layers, "model.dense_layers", model.dense_layers, takes)
     if model.dense_layers:
@@ -175,6 +176,26 @@ def _model(config: Config) -> None:
         _need(model.dense_d_ff is None, "model.dense_d_ff", model.dense_d_ff, "None where model.dense_layers is 0")
     if model.attention_kernel == "cudnn":
         _need(model.dtype == "bfloat16", "model.dtype", model.dtype, "bfloat16 where model.attention_kernel is cudnn")
+
+
+def _router(config: Config) -> None:
+    model = config.model
+    _at_least(config, 1, "model.router_groups", "model.router_top_groups")
+    _not_negative(config, "model.router_bias_rate")
+    _positive(config, "model.router_scale")
+    holds = not model.router_bias_rate or model.top_k < model.experts
+    takes = f"0 where every token goes to all experts (model.top_k is model.experts, {model.experts})"
+    _need(holds, "model.router_bias_rate", model.router_bias_rate, takes)
+    groups, top = model.router_groups, model.router_top_groups
+    holds = model.experts % groups == 0 and (groups == 1 or model.experts // groups > 1)
+    takes = f"1, or a divisor of model.experts ({model.experts}) that leaves two or more in a group"
+    _need(holds, "model.router_groups", groups, takes)
+    _need(top <= groups, "model.router_top_groups", top, f"at most model.router_groups ({groups})")
+    size = model.experts // groups
+    takes = f"groups of together model.top_k ({model.top_k}) experts or more; a group has {size}"
+    _need(top * size >= model.top_k, "model.router_top_groups", top, takes)
+    holds = model.shared_experts > 0 or not model.shared_gate
+    _need(holds, "model.shared_gate", model.shared_gate, "False where model.shared_experts is 0")
 
 
 def _mesh(config: Config, training: bool) -> None:
@@ -218,8 +239,8 @@ def _mesh(config: Config, training: bool) -> None:
     joined = math.prod(sizes[axis] for axis in row.get("f", ()) if axis in row.get("b", ()) + row.get("s", ()))
     micro_batch_path, micro_batch = dimensions["b"]
     tokens = micro_batch // ways("b") * own * joined
-    holds = tokens * model.top_k * model.experts < 2**31
-    takes = f"fewer: a device's {tokens} tokens x model.top_k x model.experts is 2**31 or more, too many to sort"
+    holds = tokens * model.top_k * (model.experts + 1) < 2**31
+    takes = f"fewer: a device's {tokens} tokens x model.top_k x (model.experts + 1) is 2**31 or more, too many to sort"
     _need(holds, micro_batch_path, micro_batch, takes)
 
 
@@ -233,9 +254,20 @@ def _dimensions(config: Config) -> dict[str, tuple[str, int]]:
         "h": ("model.heads", model.heads),
         "e": ("model.experts", model.experts),
         "f": ("model.d_ff", model.d_ff),
-        **({"m": ("model.dense_d_ff", model.dense_d_ff)} if model.dense_layers else {}),
+        **({"m": hidden} if (hidden := _dense(model)) else {}),
         "v": ("model.vocab_size, rounded up to 128s,", model.padded_vocab_size),
     }
+
+
+def _dense(model: ModelConfig) -> tuple[str, int] | None:
+    """The field and the size of what `m` splits: of dense layers, of shared experts, or what divides both."""
+    shared = model.shared_experts * model.d_ff
+    if model.dense_layers and shared:
+        found = math.gcd(model.dense_d_ff, shared)
+        return "the largest divisor of model.dense_d_ff and model.shared_experts x model.d_ff", found
+    if model.dense_layers:
+        return "model.dense_d_ff", model.dense_d_ff
+    return ("model.shared_experts x model.d_ff", shared) if shared else None
 
 
 def _divide(

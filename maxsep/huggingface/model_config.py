@@ -155,15 +155,20 @@ def _refuse(name: str, got: Any, takes: str) -> None:
     raise ConfigError(f"{name}: got {shown if len(shown) <= 80 else shown[:77] + '…'}; takes {takes}")
 
 
+# What none of the families has, but at its default.
+UNKNOWN_THERE = ("dense_layers", "router_score", "router_bias_rate", "router_groups", "router_scale", "shared_experts")
+
+
 def family_of(model: ModelConfig) -> Family:
     """The family that has a model of ours.
 
     Raises:
         ConfigError: none has.
     """
-    if model.dense_layers:
-        takes = "0: the families of export have experts in every layer"
-        raise ConfigError(f"model.dense_layers: got {model.dense_layers}; takes {takes}")
+    for field in UNKNOWN_THERE:
+        got, takes = getattr(model, field), getattr(ModelConfig(), field)
+        if got != takes:
+            raise ConfigError(f"model.{field}: got {got!r}; takes {takes!r}, as the families of export have")
     if model.activation != "swiglu":
         raise ConfigError(f"model.activation: got {model.activation!r}; takes swiglu, as the families of export have")
     (family,) = (family for family in FAMILIES.values() if family.qk_norm == model.qk_norm)

@@ -21,7 +21,8 @@ from maxsep.config.layouts import AXES
 from maxsep.inference.sampling import Sampling, sample
 from maxsep.model.kv_cache import Prompts, Window
 from maxsep.model.parameters import declared, drawn
-from maxsep.model.transformer import Transformer, documents
+from maxsep.model.tokens import documents
+from maxsep.model.transformer import Transformer
 from maxsep.output import tree
 from maxsep.parallel import collectives
 from maxsep.parallel.collectives import Axes

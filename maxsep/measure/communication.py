@@ -20,7 +20,7 @@ COLLECTIVES = re.compile("all_gather|reduce_scatter|all_to_all|psum|pmax|pmin|pp
 ROLES = {
     "attention": "attention",
     "dispatch": "dispatch",
-    "dense": "dense layers",
+    "dense": "dense MLPs",
     "embedding": "embedding, head",
     "head": "embedding, head",
     "pipeline": "stages",

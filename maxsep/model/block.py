@@ -13,6 +13,7 @@ from maxsep.model.layers import RMSNorm
 from maxsep.model.mlp import MLP
 from maxsep.model.moe import MoE
 from maxsep.model.parameters import Parameters
+from maxsep.model.tokens import Tokens
 from maxsep.parallel.layout import Layout
 
 # By `Segment.feed_forward`. Each has `train` and `infer`, and the first returns its statistics too, or None.
@@ -29,12 +30,12 @@ class Block(nnx.Module):
         self.feed_forward = FEED_FORWARD[feed_forward](parameters, model)
         self.kind = feed_forward
 
-    def train(self, x_bsd, segments_bs, token_bs, dropout_key):
+    def train(self, x_bsd: jax.Array, tokens: Tokens, dropout_key: jax.Array | None, scored_e: jax.Array | None):
         """[b, s, D] -> [b, s, D] and statistics; the other arguments are those of its parts."""
         with jax.named_scope("attention"):
-            x_bsd += self.attention.train(self.attention_norm(x_bsd), segments_bs)
+            x_bsd += self.attention.train(self.attention_norm(x_bsd), tokens.segments_bs)
         with jax.named_scope(self.kind):
-            y_bsd, statistics = self.feed_forward.train(self.feed_forward_norm(x_bsd), token_bs, dropout_key)
+            y_bsd, statistics = self.feed_forward.train(self.feed_forward_norm(x_bsd), tokens, dropout_key, scored_e)
         return x_bsd + y_bsd, statistics
 
     def infer(self, x_bsd: jax.Array, real_bs: jax.Array, layer: int, attend: Callable, kept):

@@ -6,7 +6,8 @@ is a gather), never through tensors of tokens × experts × capacity. The router
 multiplied before an expert's last product, so their gradient needs nothing that comes back, and rematerialisation
 neither computes nor sends that again.
 
-A *choice* is one of the T × N (token, expert) pairs, numbered token by token, a token's best expert first.
+A *choice* is one of the T × N (token, expert) pairs, numbered token by token, a token's best expert first. One whose
+expert is the number of experts is of padding: it goes nowhere, and its result is zero.
 """
 
 import math
@@ -52,7 +53,8 @@ def with_capacity(
 
     ids_gn = ids_tn.reshape(groups, choices)
     order_gn, rank_gn, count_ge = _sort(ids_gn, n_experts)
-    start_ge = jnp.cumsum(count_ge, axis=1) - count_ge
+    until_ge = jnp.cumsum(count_ge, axis=1)
+    start_ge = until_ge - count_ge
 
     # Place c of expert e in group g holds the c-th of the group's choices of e.
     place_c = jnp.arange(capacity)
@@ -62,8 +64,9 @@ def with_capacity(
     empty = tokens * top_n
     choice_egc = jnp.where(place_c < count_ge[:, :, None], choice_gec, empty).swapaxes(0, 1)
 
-    place_gn = rank_gn - jnp.take_along_axis(start_ge, ids_gn, axis=1)
-    kept_gn = place_gn < capacity
+    place_gn = rank_gn - jnp.take_along_axis(start_ge, ids_gn, axis=1, mode="clip")
+    real_gn = rank_gn < until_ge[:, -1:]  # padding is sorted to the end
+    kept_gn = real_gn & (place_gn < capacity)
     slot_gn = (ids_gn * groups + jnp.arange(groups)[:, None]) * capacity + place_gn
     slot_tn = jnp.where(kept_gn, slot_gn, choice_egc.size).reshape(tokens, top_n)
 
@@ -74,7 +77,7 @@ def with_capacity(
     rows = experts.padded(rows, shares)
     rows = collectives.exchange(rows, axes, split=1, concat=0)
     y_tnd = _permute(rows.reshape(choice_egc.size, -1), slot_tn.ravel(), choice_egc.ravel())
-    return y_tnd.reshape(tokens, top_n, -1), jnp.sum(~kept_gn, dtype=jnp.int32)
+    return y_tnd.reshape(tokens, top_n, -1), jnp.sum(real_gn & ~kept_gn, dtype=jnp.int32)
 
 
 def dropless(
@@ -98,9 +101,9 @@ def dropless(
     one = jnp.ones((), jnp.int32)
     product, matrices = experts.grouped(x_td.dtype)
     if peers == 1:
-        slot_tn = rank.reshape(tokens, top_n)
+        rank = jnp.where(rank < jnp.sum(count_e), rank, rank.size)  # padding is sorted to the end
         shares = _permute(weights_tn.ravel(), order, rank)
-        rows = product(_spread(x_td, order, slot_tn), shares, count_e, matrices)
+        rows = product(_spread(x_td, order, rank.reshape(tokens, top_n)), shares, count_e, matrices)
         return _permute(rows, rank, order).reshape(tokens, top_n, -1), one
 
     room = room_of(tokens, top_n, local, peers, factor)
@@ -117,7 +120,7 @@ def dropless(
         place_r = number * room + jnp.arange(room)
         at_pr = jnp.minimum(start_p[:, None] + place_r, order.size - 1)
         choice_pr = jnp.where(place_r < sent_p[:, None], order[at_pr], order.size)
-        peer_n = ids_tn.ravel() // local
+        peer_n = ids_tn.ravel() // local  # of padding one that there is not, whose slots are past the end
         place_n = rank - start_p[peer_n] - number * room
         slot_n = jnp.where((place_n >= 0) & (place_n < room), peer_n * room + place_n, choice_pr.size)
 
@@ -170,10 +173,10 @@ def at_home(x_td: jax.Array, ids_tn: jax.Array, experts: Experts, axes: Axes, la
 def _sort(ids_gn: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sort each group's choices by expert, keeping their order within one.
 
-    Returns order_gn (which choice is at a rank), rank_gn (its inverse) and count_ge.
+    Those of padding come last. Returns order_gn (which choice is at a rank), rank_gn (its inverse) and count_ge.
     """
     groups, n = ids_gn.shape
-    assert n * n_experts < 2**31, "the config's checks bound the sort's keys"
+    assert n * (n_experts + 1) < 2**31, "the config's checks bound the sort's keys"
     choice_n = jnp.arange(n, dtype=jnp.int32)
     # One key holds both expert and place: a single-operand sort is the fastest there is, and needs no stability.
     order_gn = lax.sort(ids_gn * n + choice_n, dimension=1) % n

@@ -9,49 +9,65 @@ from flax import nnx
 from maxsep.config import ModelConfig
 from maxsep.model import dispatch
 from maxsep.model.experts import Experts
-from maxsep.model.parameters import Parameters
+from maxsep.model.mlp import MLP
+from maxsep.model.parameters import Parameters, use
 from maxsep.model.router import Router, Statistics
+from maxsep.model.tokens import Tokens
 from maxsep.parallel import collectives
 
 
 class MoEStats(NamedTuple):
-    """What one layer reports, over all devices and the tokens of one micro-batch."""
+    """What one layer reports, over all devices and the tokens of one micro-batch, without padding."""
 
     load_balancing: jax.Array  # 1 when balanced; unscaled
     router_z: jax.Array  # unscaled
     load_e: jax.Array  # int32, choices of each expert
+    scored_e: jax.Array | None  # int32, those that the scores alone would have made; None: there is no bias, the same
     dropped: jax.Array  # int32, choices without a place
     rounds: jax.Array  # int32, of the exchange between devices: this device's own
 
 
 class MoE(nnx.Module):
-    """A router and its experts."""
+    """A router, its experts, and an MLP that every token goes to beside them (shared experts)."""
 
     def __init__(self, parameters: Parameters, model: ModelConfig):
         self.router = Router(parameters, model)
         self.experts = Experts(parameters, model)
+        if model.shared_experts:
+            self.shared = MLP(parameters.sized(m=model.shared_experts * model.d_ff), model)
+        if model.shared_gate:
+            self.shared_gate_d = parameters.normal("d", model.d_model**-0.5)
         self.layout, self.model = parameters.layout, model
 
-    def train(self, x_bsd: jax.Array, token_bs: jax.Array, dropout_key: jax.Array | None):
+    def train(self, x_bsd: jax.Array, tokens: Tokens, dropout_key: jax.Array | None, scored_e: jax.Array | None):
         """[b, s, D] -> [b, s, D] and `MoEStats`.
 
-        `token_bs` numbers this device's tokens in the global batch, for `dropout_key`'s masks; no key, no dropout.
+        `dropout_key` makes masks by the tokens' numbers; no key, no dropout. `scored_e`: as in `MoEStats`, of the whole
+        batch, for a loss over it; None: the loss is over these tokens.
         """
         layout, model = self.layout, self.model
         x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
         with jax.named_scope("router"):
             routing = self.router.topk(x_td)
-            load_balancing, router_z, load_e = self._losses(routing.statistics, x_td.shape[0])
+            real_t1 = tokens.real_bs.reshape(-1, 1)
+            # Padding goes to no expert.
+            ids_tn, scored_tn = (
+                jnp.where(real_t1, ids, model.experts) for ids in (routing.ids_tn, routing.statistics.scored_tn)
+            )
+            load_e = self._load(ids_tn)
+            here_e = self._load(scored_tn) if model.router_bias_rate else None
+            of_losses_e = next(of_e for of_e in (scored_e, here_e, load_e) if of_e is not None)
+            balancing, z = self._losses(routing.statistics, scored_tn, of_losses_e, tokens)
         with jax.named_scope("dispatch"):
             # Devices that split the experts' hidden size take the tokens of all of them: each has a part of every sum.
             together = layout.axes("f")
-            token_bs = layout.join(own_bs := token_bs, together)
+            number_bs = layout.join(tokens.number_bs, together)
 
             def joined(own_t):
-                x_bs = layout.join(own_t.reshape(*own_bs.shape, *own_t.shape[1:]), together)
+                x_bs = layout.join(own_t.reshape(*tokens.number_bs.shape, *own_t.shape[1:]), together)
                 return x_bs.reshape(-1, *own_t.shape[1:])
 
-            x_td, ids_tn, weights_tn = (joined(own_t) for own_t in (x_td, routing.ids_tn, routing.weights_tn))
+            x_td, ids_tn, weights_tn = (joined(own_t) for own_t in (x_td, ids_tn, routing.weights_tn))
             axes = layout.axes("e")
             to = x_td, ids_tn, weights_tn, self.experts, model.experts, axes
             dropped, rounds = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
@@ -61,30 +77,62 @@ class MoE(nnx.Module):
                 y_tnd, dropped = dispatch.with_capacity(*to, model.capacity_factor, model.capacity_group)
             if dropout_key is not None:
                 y_tnd *= _dropout_mask(
-                    dropout_key, token_bs.ravel(), y_tnd.shape[1:], model.expert_dropout, y_tnd.dtype
+                    dropout_key, number_bs.ravel(), y_tnd.shape[1:], model.expert_dropout, y_tnd.dtype
                 )
             y_td = jnp.sum(y_tnd, axis=1)
-            y_bsd = layout.part(y_td.reshape(*token_bs.shape, -1), together)
+            y_bsd = layout.part(y_td.reshape(*number_bs.shape, -1), together)
         apart, along = layout.token_axes, layout.in_stage
         stats = MoEStats(
-            layout.total(load_balancing, apart, along),
-            layout.total(router_z, apart, along),
+            layout.total(balancing, apart, along),
+            layout.total(z, apart, along),
             load_e,
+            here_e,
             layout.total(dropped, tuple(axis for axis in apart if axis not in together), along),
             rounds,
         )
-        return y_bsd, stats
+        return self._with_shared(y_bsd, x_bsd), stats
 
-    def _losses(self, statistics: Statistics, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """This device's share of both losses, unscaled, and the load of each expert over all devices."""
-        model, wide = self.model, statistics.probability_e.dtype
-        load_e = self.layout.total(statistics.load_e, self.layout.token_axes, self.layout.in_stage)
-        tokens *= collectives.size(self.layout.token_axes)
-        # Switch Transformer (Fedus et al. 2021), equation 4, with the choices of all tokens of the micro-batch:
-        # experts × Σ share of choices × mean probability, 1 when balanced.
-        share_e = load_e.astype(wide) / (tokens * model.top_k)
-        balancing = model.experts * jnp.dot(share_e, statistics.probability_e / tokens)
-        return balancing, statistics.z / tokens, load_e  # the z-loss is ST-MoE's (Zoph et al. 2022), equation 5
+    def _load(self, ids_tn: jax.Array) -> jax.Array:
+        """How often each expert is there, over all devices."""
+        load_e = jnp.sum(ids_tn[..., None] == jnp.arange(self.model.experts), axis=(0, 1), dtype=jnp.int32)
+        return self.layout.total(load_e, self.layout.token_axes, self.layout.in_stage)
+
+    def _losses(
+        self, statistics: Statistics, scored_tn: jax.Array, scored_e: jax.Array, tokens: Tokens
+    ) -> tuple[jax.Array, jax.Array]:
+        """This device's share of the load-balancing loss and of the z-loss, unscaled.
+
+        Switch Transformer (Fedus et al. 2021), equation 4: experts × Σ share of choices × mean probability, 1 when
+        balanced; over each sequence by itself it is DeepSeek-V3's, equations 17 to 20. The z-loss is ST-MoE's (Zoph et
+        al. 2022), equation 5.
+        """
+        model, wide = self.model, statistics.probability_te.dtype
+        real_bs = tokens.real_bs
+        z = jnp.sum(jnp.where(real_bs.ravel(), statistics.z_t, 0)) / tokens.count
+        probability_te = jnp.where(real_bs.reshape(-1, 1), statistics.probability_te, 0)
+        if model.balance_over != "sequence":
+            share_e = scored_e.astype(wide) / (tokens.count * model.top_k)
+            mean_e = jnp.sum(probability_te, axis=0) / tokens.count
+            return model.experts * jnp.dot(share_e, mean_e), z
+        by_sequence = scored_tn.reshape(*real_bs.shape, -1)[..., None] == jnp.arange(model.experts)
+        scored_be = jnp.sum(by_sequence, axis=(1, 2), dtype=jnp.int32)
+        # The sequence's parts lie on the devices that split it.
+        scored_be = collectives.total(scored_be, self.layout.axes("s"))
+        length_b1 = jnp.maximum(tokens.length_b, 1)[:, None].astype(wide)
+        share_be = scored_be.astype(wide) / (length_b1 * model.top_k)
+        mean_be = jnp.sum(probability_te.reshape(*real_bs.shape, -1), axis=1) / length_b1
+        return model.experts * jnp.sum(share_be * mean_be) / tokens.sequences, z
+
+    def _with_shared(self, y_bsd: jax.Array, x_bsd: jax.Array) -> jax.Array:
+        """With what the shared experts make of the same tokens."""
+        if not self.model.shared_experts:
+            return y_bsd
+        with jax.named_scope("dense"):
+            shared_bsd = self.shared(x_bsd)
+            if self.model.shared_gate:
+                gate_bs = jnp.einsum("bsd,d->bs", x_bsd, use(self.shared_gate_d, x_bsd.dtype))
+                shared_bsd *= jax.nn.sigmoid(gate_bs)[..., None]
+            return y_bsd + shared_bsd
 
     def infer(self, x_bsd: jax.Array, real_bs: jax.Array, layer: int) -> jax.Array:
         """[b, s, D] -> [b, s, D]: no token is dropped, and `real_bs` says which are none of our padding.
@@ -104,7 +152,8 @@ class MoE(nnx.Module):
             x_td, ids_tn, weights_tn = (of_bs.reshape(-1, of_bs.shape[-1]) for of_bs in joined)
             y_tnd = dispatch.at_home(x_td, ids_tn, self.experts, layout.axes("e"), layer)
             y_td = jnp.einsum("tn,tnd->td", weights_tn.astype(y_tnd.dtype), y_tnd)
-            return layout.part(y_td.reshape(*joined[0].shape[:2], -1), axes)
+            y_bsd = layout.part(y_td.reshape(*joined[0].shape[:2], -1), axes)
+        return self._with_shared(y_bsd, x_bsd)
 
 
 def _dropout_mask(key: jax.Array, token_t: jax.Array, shape: tuple[int, ...], rate: float, dtype) -> jax.Array:

@@ -41,6 +41,10 @@ class Parameters:
         """For the modules of a segment of so many layers."""
         return dataclasses.replace(self, layers=layers)
 
+    def sized(self, **sizes: int) -> "Parameters":
+        """With other sizes of some letters."""
+        return dataclasses.replace(self, sizes=self.sizes | sizes)
+
     def normal(self, letters: str, std: float, *, whole: str = "", wide: bool = False) -> nnx.Param:
         """Normally distributed weights. `whole`: letters that are not split here, whatever the layout says."""
         shape, spec = self._stacked(letters, whole)
@@ -96,11 +100,17 @@ def drawn(model: nnx.Module, seed: int) -> dict[str, dict]:
         normal = jax.random.normal(key, x.shape, x.dtype, out_sharding=x.sharding.spec)
         return normal * jnp.asarray(param.std, x.dtype)
 
+    params = tree.nested({path: draw(path, param) for path, param in params.items()})
+    return {"params": params, "buffers": new_buffers(model)}
+
+
+def new_buffers(model: nnx.Module) -> dict:
+    """A model's initial buffers, which are zeros."""
+
     def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec)
 
-    buffers = jax.tree.map(zeros, declared(model)["buffers"])
-    return {"params": tree.nested({path: draw(path, param) for path, param in params.items()}), "buffers": buffers}
+    return jax.tree.map(zeros, declared(model)["buffers"])
 
 
 def jitted_init(init: Callable, platform: str) -> Callable:

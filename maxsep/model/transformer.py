@@ -22,6 +22,7 @@ from maxsep.model.block import Block, rematerialised, unstack
 from maxsep.model.layers import Embedding, RMSNorm
 from maxsep.model.moe import MoEStats
 from maxsep.model.parameters import Parameters, use
+from maxsep.model.tokens import Tokens, documents
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.pipeline import in_turn, pipelined
@@ -32,6 +33,13 @@ class Losses(NamedTuple):
 
     cross_entropy: jax.Array  # sum over targets, nats
     stats: MoEStats  # with a leading dimension, of this stage's layers that have experts
+
+
+class Whole(NamedTuple):
+    """The whole batch of an optimizer step, of which auxiliary losses are; both are means over its micro-batches."""
+
+    scored_le: jax.Array  # `MoEStats.scored_e` of this stage's layers
+    count: jax.Array  # tokens without padding on all devices
 
 
 class Transformer(nnx.Module):
@@ -49,7 +57,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, model: ModelConfig, layout: Layout, ids: int, dtype=None, apart: bool = False):
         dtype = jnp.promote_types(model.dtype, jnp.float32) if dtype is None else dtype
-        parameters = Parameters(layout, sizes(model) | {"v": model.padded_vocab_size}, dtype)
+        parameters = Parameters(layout, sizes(model) | {"m": model.dense_d_ff, "v": model.padded_vocab_size}, dtype)
         kernel = attention_kernel(model, layout.platform)
 
         def layers(segment: Segment) -> Block | nnx.List:
@@ -65,15 +73,39 @@ class Transformer(nnx.Module):
             self.head_vd = parameters.normal("vd", model.d_model**-0.5)
         self.layout, self.model, self.ids = layout, model, ids if model.mask_unused_ids else model.vocab_size
 
-    def losses(self, batch_abt: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None) -> Losses:
+    def losses(
+        self,
+        batch_abt: jax.Array,
+        first_row: jax.Array,
+        dropout_key,
+        end_of_text: int | None,
+        whole: Whole | None = None,
+    ) -> Losses:
         """Records [a, b, S + 1] of micro-batches, ids and -1 for padding -> their `Losses`, added up.
 
         `first_row` is the first one's first sequence's place in the global batch. With `end_of_text` (an id) tokens
-        attend within their document only.
+        attend within their document only. `whole`: for auxiliary losses over the whole batch.
         """
         layout, axes = self.layout, self.layout.axes("v")
-        count, b = batch_abt.shape[:2]
-        tokens_abs, targets_abs = jnp.maximum(batch_abt[..., :-1], 0), batch_abt[..., 1:]
+        x_absd, stats = self._states(batch_abt, first_row, dropout_key, end_of_text, whole)
+        with jax.named_scope("head"):
+            nll = head.summed(self._nll, (self.final_norm, self.head_table), x_absd, batch_abt[..., 1:])
+            return Losses(layout.total(nll, layout.token_axes + axes), stats)
+
+    def scored(self, batch_abt: jax.Array, first_row: jax.Array, dropout_key, end_of_text: int | None) -> jax.Array:
+        """`MoEStats.scored_e` of each of this stage's layers, summed over micro-batches; the arguments of `losses`."""
+        _, stats = self._states(batch_abt, first_row, dropout_key, end_of_text, None)
+        return stats.load_e if stats.scored_e is None else stats.scored_e
+
+    def _states(self, batch_abt, first_row, dropout_key, end_of_text, whole) -> tuple[jax.Array, MoEStats]:
+        """What leaves the last layer [a, b, s, D], and the sums of `Losses.stats`."""
+        layout, (count, b) = self.layout, batch_abt.shape[:2]
+        tokens_abs, real_abs = jnp.maximum(batch_abt[..., :-1], 0), batch_abt[..., :-1] >= 0
+        length_ab = jnp.sum(real_abs, axis=-1, dtype=jnp.int32)
+        # Means are over what is no padding, on all devices.
+        wide = jnp.promote_types(self.model.dtype, jnp.float32)
+        counts_2a = jnp.stack([jnp.sum(of, axis=1, dtype=jnp.int32) for of in (length_ab, length_ab > 0)])
+        counts_2a = jnp.maximum(collectives.total(counts_2a, layout.axes("b")), 1).astype(wide)
 
         def embedded(number):
             with jax.named_scope("embedding"):
@@ -84,50 +116,57 @@ class Transformer(nnx.Module):
         blocks = {name: taken(block) for name, block in self.segments.items()}
 
         def layers(x_bsd, number):
-            row = first_row + number * (b * layout.ways("b"))
-            return self.layers(blocks, x_bsd, tokens_abs[number], row, dropout_key, end_of_text)
+            tokens = Tokens(
+                documents(tokens_abs[number], end_of_text),
+                self._numbers(first_row + number * (b * layout.ways("b")), b, tokens_abs.shape[-1]),
+                layout.own(real_abs[number], layout.axes("s")),
+                length_ab[number],
+                counts_2a[0, number] if whole is None else whole.count,
+                counts_2a[1, number],
+            )
+            return self._layers(blocks, x_bsd, tokens, dropout_key, whole and whole.scored_le)
 
-        x_absd, stats = pipelined(embedded, layers, count, layout.axes("l"))
-        with jax.named_scope("head"):
-            nll = head.summed(self._nll, (self.final_norm, self.head_table), x_absd, targets_abs)
-            return Losses(layout.total(nll, layout.token_axes + axes), stats)
+        return pipelined(embedded, layers, count, layout.axes("l"))
 
-    def layers(self, blocks, x_bsd: jax.Array, tokens_bs: jax.Array, first_row: jax.Array, dropout_key, end_of_text):
+    def _numbers(self, first_row: jax.Array, rows: int, length: int) -> jax.Array:
+        """The number of each of this device's tokens in the global batch."""
+        layout = self.layout
+        own = length // layout.ways("s")
+        row_b = first_row + collectives.index(layout.axes("b")) * rows + jnp.arange(rows)
+        column_s = collectives.index(layout.axes("s")) * own + jnp.arange(own)
+        return collectives.vary(row_b[:, None] * length + column_s)
+
+    def _layers(self, blocks: dict, x_bsd: jax.Array, tokens: Tokens, dropout_key, scored_le: jax.Array | None):
         """This device's layers: [b, s, D] -> [b, s, D] and the `MoEStats` of those that have experts.
 
-        `blocks` of each segment are stacked, or a list; `tokens_bs` [b, S] are whole sequences.
+        `blocks` of each segment are stacked, or a list.
         """
-        model, layout = self.model, self.layout
-        b, s = tokens_bs.shape
-        segments_bs = documents(tokens_bs, end_of_text)
-        local_s = s // layout.ways("s")
-        row_b = first_row + collectives.index(layout.axes("b")) * b + jnp.arange(b)
-        column_s = collectives.index(layout.axes("s")) * local_s + jnp.arange(local_s)
-        token_bs = collectives.vary(row_b[:, None] * s + column_s)
+        layout = self.layout
 
         def block(x_bsd, layer):
-            block, number = layer
+            block, number, scored_e = layer
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
-            return block.train(x_bsd, segments_bs, token_bs, key)
+            return block.train(x_bsd, tokens, key, scored_e)
 
-        block, statistics = rematerialised(block, model, layout), []
-        for segment in segments(model):
+        block, statistics = rematerialised(block, self.model, layout), []
+        for segment in segments(self.model):
             own = segment.layers // layout.ways("l")
             numbers = segment.first + collectives.index(layout.axes("l")) * own + jnp.arange(own)
-            x_bsd, found = self._segment(block, x_bsd, blocks[segment.feed_forward], numbers)
+            of_batch = scored_le if segment.feed_forward == "moe" else None
+            x_bsd, found = self._segment(block, x_bsd, blocks[segment.feed_forward], numbers, of_batch)
             statistics += [] if found is None else [found]
         return x_bsd, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics)
 
-    def _segment(self, block: Callable, x_bsd: jax.Array, blocks, numbers: jax.Array):
+    def _segment(self, block: Callable, x_bsd: jax.Array, blocks, numbers: jax.Array, scored_le: jax.Array | None):
         """One segment's layers, the first dimension of their statistics."""
         if self.model.scan_layers:
-            return lax.scan(block, x_bsd, (blocks, numbers))
+            return lax.scan(block, x_bsd, (blocks, numbers, scored_le))
         layers = []
         for at, one in enumerate(blocks):
             if self.layout.ways("w") > 1:
                 # Else XLA gathers all layers' weights before the loop over micro-batches, and keeps them.
                 x_bsd, one = lax.optimization_barrier((x_bsd, one))
-            x_bsd, found = block(x_bsd, (one, numbers[at]))
+            x_bsd, found = block(x_bsd, (one, numbers[at], None if scored_le is None else scored_le[at]))
             layers.append(found)
         return x_bsd, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
@@ -183,11 +222,3 @@ class Transformer(nnx.Module):
         x_bsd = layout.join(final_norm(x_bsd), axes)
         targets_t = layout.join_ids(targets_bs, axes).ravel()
         return head.cross_entropy(x_bsd.reshape(-1, x_bsd.shape[-1]), table_vd, targets_t, self.ids, axes)
-
-
-def documents(tokens_bs: jax.Array, end_of_text: int | None) -> jax.Array | None:
-    """The number of each token's document in its sequence; None where tokens attend across them (no `end_of_text`)."""
-    if end_of_text is None:
-        return None
-    ends = (tokens_bs == end_of_text).astype(jnp.int32)
-    return jnp.cumsum(ends, axis=1) - ends  # an end of text belongs to the document it ends

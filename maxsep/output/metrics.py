@@ -24,9 +24,10 @@ def expert_load(counts_le: np.ndarray) -> dict:
         counts_le: choices of each expert, layers × experts, before any are dropped.
 
     Returns:
-        `expert_load_max_over_mean` of the worst layer (1 is even, the number of experts is all on one), and a list a
-        layer under `layers`: the same, `expert_load_entropy` (of the experts' shares, over the logarithm of their
-        number: 1 is even, 0 is all on one) and `experts_used` (share with at least one choice).
+        `expert_load_max_over_mean` of the worst layer (1 is even, the number of experts is all on one), `max_violation`
+        (that less 1: MaxVio of arXiv:2408.15664), and a list a layer under `layers`: the same, `expert_load_entropy`
+        (of the experts' shares, over the logarithm of their number: 1 is even, 0 is all on one) and `experts_used`
+        (share with at least one choice).
     """
     counts_le = np.asarray(counts_le, np.float64)
     experts = counts_le.shape[1]
@@ -35,10 +36,12 @@ def expert_load(counts_le: np.ndarray) -> dict:
     max_over_mean_l = shares_le.max(axis=1) * experts
     layers = {
         "expert_load_max_over_mean": max_over_mean_l.tolist(),
+        "max_violation": (max_over_mean_l - 1).tolist(),
         "expert_load_entropy": (nats_l / math.log(experts) if experts > 1 else nats_l + 1).tolist(),
         "experts_used": np.mean(counts_le > 0, axis=1).tolist(),
     }
-    return {"expert_load_max_over_mean": float(max_over_mean_l.max()), "layers": layers}
+    worst = float(max_over_mean_l.max())
+    return {"expert_load_max_over_mean": worst, "max_violation": worst - 1, "layers": layers}
 
 
 def expert_shares(counts_le: np.ndarray) -> list[list[float]]:

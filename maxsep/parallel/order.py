@@ -54,8 +54,8 @@ def _sent(config: Config) -> list[Sent]:
     wide = max(4, cast)  # of a weight, and of its gradient
     tokens = train.batch_size * config.data.sequence_length / layout.ways("b") / layout.ways("s")
     passes = 2 + (model.remat == "full")
-    dense = model.dense_layers  # no stages then
     own, moe = model.layers / layout.ways("l"), moe_layers(model) / layout.ways("l")
+    dense = model.dense_layers + (moe if model.shared_experts else 0)  # no stages with dense layers
 
     def joined(letter: str, times: float) -> Sent:
         """Tokens gathered where `letter` is split, and what was made of them added up."""

@@ -74,7 +74,7 @@ def _program(config: Config) -> tuple:
     """
     axes: Counter[str] = Counter()
     splits = row(config.layout)
-    if not config.model.dense_layers:
+    if not config.model.dense_layers and not config.model.shared_experts:
         splits.pop("m", None)
     for axis, size in config.mesh.sizes.items():
         letters = "".join(sorted(letter for letter, split in splits.items() if axis in split))

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, cli, segments
 from maxsep.config.matrices import parameters
+from maxsep.config.stored import read_config
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
 from maxsep.data.records import Corpus
@@ -108,8 +109,11 @@ class Run:
         if source is None:
             return self.init()
         with Checkpoints(source, read_only=True, job=job) as checkpoints:
-            found = checkpoints.restore_model(self.abstract_state.variables, cast=True)
-            return jax.jit(self.program.fresh)(found.state)
+            wanted = self.abstract_state.variables
+            if not read_config(source.parent)[0].model.router_bias_rate:
+                wanted["buffers"] = {}  # a run that begins to balance by a bias
+            found = checkpoints.restore_model(wanted, cast=True)
+            return jax.jit(self.program.fresh)(**found.state)
 
     def train_batches(self, corpus: Corpus, position: int):
         """This host's part of the batches from `position` on; `to_mesh` makes them global."""
@@ -162,6 +166,8 @@ class Run:
         load_le, dropped_l, skipped = (values.pop(name) for name in ("load_le", "dropped_l", "skipped"))
         load = metrics.expert_load(load_le)
         load["layers"]["dropped_fraction"] = (dropped_l / load_le.sum(axis=1)).tolist()
+        if (norm_l := values.pop("router_bias_norm_l", None)) is not None:
+            load["layers"]["router_bias_norm"] = norm_l.tolist()
         speed = self.tokens / seconds
         return {
             **{name: float(value) for name, value in values.items()},
@@ -194,6 +200,7 @@ class Run:
             "attention kernel": self.program.kernel,
             **({} if model.capacity_factor else {"experts": experts.described(model, self.program.layout.platform)}),
             "batch": f"{config.train.batch_size} sequences of {config.data.sequence_length} tokens{micro}",
+            **({"balance": "over the batch: a forward pass more per step"} if self.program.looks_ahead else {}),
             **self._pipeline(),
         }
 

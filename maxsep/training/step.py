@@ -22,8 +22,9 @@ from maxsep.config.segments import moe_layers
 from maxsep.kernels import Sizes
 from maxsep.model.attention import attention_kernel
 from maxsep.model.dispatch import room_of
-from maxsep.model.parameters import casts, declared, drawn, with_casts
-from maxsep.model.transformer import Transformer
+from maxsep.model.parameters import casts, declared, drawn, new_buffers, with_casts
+from maxsep.model.router import balanced
+from maxsep.model.transformer import Transformer, Whole
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.sharding import added, replicating_axes, split_further
@@ -99,19 +100,26 @@ class Program:
         return split_further(x.sharding.spec, x.shape, self.layout.sizes, AXES, reversed(range(x.ndim)))[0]
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether a forward pass comes before the first gradient: a loss has to know loads of all micro-batches."""
+        model = self.config.model
+        over_more = model.balance_over == "batch" and self.config.train.accumulation > 1
+        return over_more and model.load_balancing_coefficient > 0
+
+    @property
     def batch_spec(self) -> P:
         """Sharding of a batch of records [accumulation, micro-batch, S + 1]."""
         return P(None, self.layout.axes("b"), None)
 
     def init(self) -> TrainState:
         """A new state. Jit it: its arrays are then born in their shardings."""
-        return self.fresh(drawn(self.model, self.config.train.seed))
+        return self.fresh(**drawn(self.model, self.config.train.seed))
 
-    def fresh(self, variables: dict[str, dict]) -> TrainState:
-        """Step 0 with these parameters and buffers."""
-        optimizer = self.optimizer.init(jax.tree.map(jax.reshard, variables["params"], self.zero_specs))
+    def fresh(self, params: dict, buffers: dict) -> TrainState:
+        """Step 0 with these; without buffers the model's are new."""
+        optimizer = self.optimizer.init(jax.tree.map(jax.reshard, params, self.zero_specs))
         step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.int32)
-        return TrainState(step, **variables, optimizer=optimizer, skipped=skipped)
+        return TrainState(step, params, buffers or new_buffers(self.model), optimizer, skipped)
 
     def train_step(self, state: TrainState, batch_abt: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step on records [accumulation, micro-batch, S + 1], int32, -1 for padding."""
@@ -127,7 +135,11 @@ class Program:
             new = optax.apply_updates(old, updates)
             keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(changes, a, b))
             params = jax.tree.map(jax.reshard, keep(new, old), self.specs["params"])
-            optimizer = keep(optimizer, state.optimizer)
+            optimizer, buffers = keep(optimizer, state.optimizer), state.buffers
+            if rate := self.config.model.router_bias_rate:
+                buffers = keep(jax.tree.map(functools.partial(_balanced, metrics["load_le"], rate), buffers), buffers)
+                (bias_le,) = jax.tree.leaves(buffers)
+                metrics["router_bias_norm_l"] = jax.reshard(jnp.linalg.norm(bias_le, axis=-1), P())
             skipped = jnp.where(finite, state.skipped * jnp.array([1, 0], jnp.int32), state.skipped + 1)
             skipped = jnp.where(halted, state.skipped, skipped)
             step = state.step + ~halted
@@ -136,7 +148,7 @@ class Program:
             "learning_rate": jnp.asarray(self.learning_rate(state.step - state.skipped[0])),  # counts updates
             "skipped": skipped,
         }
-        return TrainState(step, params, state.buffers, optimizer, skipped), metrics
+        return TrainState(step, params, buffers, optimizer, skipped), metrics
 
     def _gradients(self, variables, batch_abt, step):
         accumulation, model = self.config.train.accumulation, self.config.model
@@ -149,7 +161,7 @@ class Program:
 
             def loss(params, batch_abt, first_row):
                 transformer = nnx.merge(self.graph, with_casts(params, cast), buffers)
-                cross_entropy, stats = transformer.losses(batch_abt, first_row, key, self.end_of_text)
+                cross_entropy, stats = transformer.losses(batch_abt, first_row, key, self.end_of_text, whole)
                 layers = self.layout.axes("l")
                 balancing = collectives.total(jnp.sum(stats.load_balancing), layers)
                 z = collectives.total(jnp.sum(stats.router_z), layers)
@@ -174,6 +186,18 @@ class Program:
             # A pipeline has all micro-batches under way; else each has a gradient of its own.
             count = 1 if self.layout.ways("l") > 1 else accumulation
             batch_nabt = batch_abt.reshape(count, -1, *batch_abt.shape[1:])
+            whole = None
+            if self.looks_ahead:
+                transformer = nnx.merge(self.graph, with_casts(own, cast), buffers)
+
+                def scored(numbered):
+                    number, batch_abt = numbered
+                    return transformer.scored(batch_abt, number * rows, key, self.end_of_text)
+
+                with jax.named_scope("ahead"):
+                    scored_le = jnp.sum(lax.map(scored, (jnp.arange(count), batch_nabt)), axis=0)
+                    tokens = collectives.total(jnp.sum(batch_abt[..., :-1] >= 0), self.layout.axes("b"))
+                whole = Whole(scored_le / accumulation, jnp.maximum(tokens, 1) / accumulation)
             sums = jax.tree.map(jax.new_ref, collectives.zeros(jax.tree.map(jax.typeof, own)))
 
             def add(metrics, numbered):
@@ -218,3 +242,7 @@ class Program:
             return Evaluation(cross_entropy, collectives.total(targets, self.layout.axes("b")))
 
         return jax.shard_map(on_device, in_specs=(self.specs, self.batch_spec), out_specs=P())(variables, batch_abt)
+
+
+def _balanced(load_le: jax.Array, rate: float, bias_le: jax.Array) -> jax.Array:
+    return balanced(bias_le, jax.reshard(load_le, jax.typeof(bias_le).sharding.spec), rate)

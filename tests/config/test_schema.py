@@ -60,6 +60,8 @@ def test_parameters():
     assert parameters(small) == parameters(gelu) + 2 * 3 * 8 * 5 + 11 * 8
     mixed = dataclasses.replace(small, layers=3, dense_layers=1, dense_d_ff=7)
     assert parameters(mixed) == parameters(small) + attention + 3 * 8 * 7 + 2 * 8
+    shared = dataclasses.replace(mixed, shared_experts=2, shared_gate=True)
+    assert parameters(shared) == parameters(mixed) + 2 * (3 * 8 * 2 * 5 + 8)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,22 @@ def test_an_integer_is_a_float():
         ({"optimizer.warmup_steps": 50, "optimizer.decay_steps": 49}, "optimizer.decay_steps"),
         ({"optimizer.final_fraction": 1.5}, "optimizer.final_fraction"),
         ({"optimizer.weight_decay": -0.1}, "optimizer.weight_decay"),
+        ({"model.router_score": "sigmoid", "model.router_groups": 8, "model.router_top_groups": 2}, None),
+        ({"model.router_score": "tanh"}, "model.router_score"),
+        ({"model.balance_over": "step"}, "model.balance_over"),
+        ({"model.router_bias_rate": -0.1}, "model.router_bias_rate"),
+        ({"model.router_bias_rate": 0.1, "model.top_k": 16}, "model.router_bias_rate"),
+        ({"model.router_groups": 0}, "model.router_groups"),
+        ({"model.router_groups": 3}, "model.router_groups"),
+        ({"model.router_groups": 16, "model.router_top_groups": 8}, "model.router_groups"),
+        ({"model.router_groups": 4, "model.router_top_groups": 5}, "model.router_top_groups"),
+        ({"model.router_top_groups": 2}, "model.router_top_groups"),
+        ({"model.router_groups": 8, "model.top_k": 3}, "model.router_top_groups"),
+        ({"model.router_top_groups": 0}, "model.router_top_groups"),
+        ({"model.router_scale": 0.0}, "model.router_scale"),
+        ({"model.shared_experts": -1}, "model.shared_experts"),
+        ({"model.shared_gate": True}, "model.shared_gate"),
+        ({"model.shared_experts": 1, "model.d_ff": 30, "mesh.attention": 4}, "mesh"),
         ({"model.dense_layers": 1, "model.dense_d_ff": 32}, None),
         ({"model.dense_layers": -1}, "model.dense_layers"),
         ({"model.dense_layers": 2, "model.dense_d_ff": 32}, "model.dense_layers"),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from completions import GREEDY, SAMPLED, completed, generator, parameters, prompts, scored
+from completions import GREEDY, SAMPLED, buffers, completed, generator, parameters, prompts, scored
 from programs import END_OF_TEXT
 from small import MA_IN_STAGES, config, named
 
@@ -39,8 +39,15 @@ MODELS = {
         },
         {},
     ),
-    "shared heads, documents, capacity, tied, gelu, k 3, a dense layer": (
+    "shared heads, documents, capacity, tied, gelu, k 3, a dense layer, all of a router": (
         {
+            "router_score": "sigmoid",
+            "router_bias_rate": 0.01,
+            "router_groups": 4,
+            "router_top_groups": 2,
+            "router_scale": 1.5,
+            "shared_experts": 2,
+            "shared_gate": True,
             "dense_layers": 1,
             "dense_d_ff": 48,
             "kv_heads": 2,
@@ -55,9 +62,10 @@ MODELS = {
         ONE_DOCUMENT,
     ),
     "two dense layers": ({"layers": 3, "dense_layers": 2, "dense_d_ff": 64}, {}),
+    "a bias, shared experts": ({"router_bias_rate": 0.01, "shared_experts": 1}, {}),
     "four layers, own heads": ({"layers": 4, "kv_heads": 4, "vocab_size": 256}, ONE_DOCUMENT),
 }
-COMBINED = "shared heads, documents, capacity, tied, gelu, k 3, a dense layer"
+COMBINED = "shared heads, documents, capacity, tied, gelu, k 3, a dense layer, all of a router"
 FAST = [("ma", (1, 1), COMBINED), ("ma", (4, 4), COMBINED)]
 SLOW = [
     ("tp_pp", (2, 8, 1), "shared heads, documents"),
@@ -65,6 +73,7 @@ SLOW = [
     ("ma_folded", (4, 4), COMBINED),
     ("pp", (4, 1, 4), "four layers, own heads"),
     ("zero", (2, 2, 4), "two dense layers"),
+    ("pp", (2, 1, 8), "a bias, shared experts"),
     ("l=stage b=expert h=attention", (2, 2, 4), "shared heads, documents"),
 ]
 EXHAUSTIVE = [
@@ -98,8 +107,10 @@ def dense(c, params, texts):
         ids[row, : len(text)] = text
     end = None if c.data.cross_document_attention else END_OF_TEXT
     model = replace(c.model, capacity_factor=None, capacity_group=None)
+    (bias_le,) = jax.tree.leaves(buffers(c)) or [None]
     with jax.enable_x64(True):
-        scores, _, _, gap = jax.jit(lambda params: oracle.model_scores(params, ids, model, end_of_text=end))(params)
+        of_ids = functools.partial(oracle.model_scores, tokens=ids, model=model, end_of_text=end, bias_le=bias_le)
+        scores, _, _, gap = jax.jit(of_ids)(params)
         return np.asarray(scores), np.asarray(jax.nn.log_softmax(scores)), float(gap)
 
 

@@ -11,7 +11,7 @@ from maxsep.config.validate import validate
 from maxsep.measure.communication import STATISTICS, sent
 from maxsep.parallel.pipeline import bubble
 
-DENSE = {"dense_layers": 1, "dense_d_ff": 32_768}
+DENSE = {"dense_layers": 1, "dense_d_ff": 32_768, "shared_experts": 2, "router_bias_rate": 0.001}
 FULL = {"model": {"remat": "full"} | DENSE}  # sends again what dots, the config's own, keeps
 OTHER = {"model": {"capacity_factor": None, "capacity_group": None, "remat": "none"}, "optimizer": {"zero1": False}}
 

@@ -31,6 +31,7 @@ def test_flops_of_the_bench_shape():
         ({"tied_embedding": True}, 0),  # the output head is multiplied all the same
         ({"remat": "full"}, 0),  # what is computed twice is needed once
         ({"capacity_factor": 1.0}, 0),
+        ({"shared_experts": 1, "shared_gate": True}, 4 * (3 * 256 * 512 + 256)),
         # A layer's router and two experts, and an MLP instead.
         ({"dense_layers": 1, "dense_d_ff": 1000}, 3 * 256 * 1000 - 256 * 16 - 2 * 3 * 256 * 512),
     ],

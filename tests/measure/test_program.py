@@ -21,7 +21,15 @@ from maxsep.training.run import Run
 SHAPES = {  # of the model; none has two equal sizes that could be taken for each other
     "narrow": {"layers": 4, "d_model": 48, "d_ff": 40, "vocab_size": 256},
     "wide": {"layers": 4, "d_model": 96, "d_ff": 80, "vocab_size": 640},
-    "mixed": {"layers": 4, "dense_layers": 2, "dense_d_ff": 224, "d_model": 48, "d_ff": 40, "vocab_size": 256},
+    "mixed": {
+        "layers": 4,
+        "dense_layers": 2,
+        "dense_d_ff": 224,
+        "shared_experts": 1,
+        "d_model": 48,
+        "d_ff": 40,
+        "vocab_size": 256,
+    },
     "long": {"layers": 8, "d_model": 64, "d_ff": 144, "vocab_size": 384},
 }
 CASES = [pytest.param(MA_IN_STAGES, (2, 4, 2), "narrow", id="in_stages-narrow")]
@@ -38,7 +46,7 @@ KINDS = {
     "dispatch": {"all-to-all"},
     "embedding, head": {"all-gather", "reduce-scatter", "all-reduce"},
     "stages": {"collective-permute"},
-    "dense layers": {"all-gather", "reduce-scatter"},
+    "dense MLPs": {"all-gather", "reduce-scatter"},
     "gradients": {"reduce-scatter", "all-reduce"},
     "parameters": {"all-gather"},
 }

@@ -17,6 +17,7 @@ from small import MESHES, SEED, config, named
 from maxsep.config.matrices import sizes
 from maxsep.model.moe import MoE
 from maxsep.model.parameters import Parameters
+from maxsep.model.tokens import Tokens
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
 from maxsep.parallel.mesh import make_mesh
@@ -79,6 +80,11 @@ def close_calls(scores_bse, top_k: int):
     return (gap_bs > 0) & (gap_bs < GAP)
 
 
+def tokens_of(number_bs) -> Tokens:
+    """Of a batch without padding."""
+    return Tokens(None, number_bs, number_bs >= 0, jnp.full(number_bs.shape[:1], S), jnp.asarray(B * S), jnp.asarray(B))
+
+
 @functools.lru_cache(maxsize=4)  # hundreds of programs at once are more mappings of memory than Linux allows
 def layer(mesh: tuple[int, int], fields: tuple):
     """The MoE layer's output, statistics and gradients as one compiled function, and the shardings of its arguments."""
@@ -92,7 +98,7 @@ def layer(mesh: tuple[int, int], fields: tuple):
     def on_device(x_bsd, params, direction_bsd, token_bs):
         def loss(x_bsd, params):
             key = jax.random.key(KEY) if model.expert_dropout else None
-            y_bsd, stats = nnx.merge(graph, params).train(x_bsd, token_bs, key)
+            y_bsd, stats = nnx.merge(graph, params).train(x_bsd, tokens_of(token_bs), key, None)
             stats = stats._replace(rounds=lax.psum(collectives.vary(stats.rounds), collectives.AXES))
             auxiliary = (
                 model.load_balancing_coefficient * stats.load_balancing + model.router_z_coefficient * stats.router_z
