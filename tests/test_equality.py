@@ -69,10 +69,10 @@ STEPS = {
         "mesh": (4, 4),
         "model": {"layers": 1, "remat": "full", "exchange_factor": 0.2, "kv_heads": 2, "clip_qkv": 1.0},
     },
-    "tp 8x2, capacity, accumulation, kv heads replicated, tied": {
+    "tp 8x2, a dense layer, capacity, accumulation, kv heads replicated, tied": {
         "layout": "tp",
         "mesh": (8, 2),
-        "model": {"layers": 1, "capacity_factor": 1.25, "kv_heads": 4, "tied_embedding": True},
+        "model": {"dense_layers": 1, "dense_d_ff": 48, "capacity_factor": 1.25, "kv_heads": 4, "tied_embedding": True},
         "train": {"batch_size": 32, "accumulation": 2},
     },
     "zero 4x4, kv heads replicated, documents": {
@@ -81,7 +81,6 @@ STEPS = {
         "model": FLOAT64 | {"kv_heads": 2},
         "data": {"cross_document_attention": False},
     },
-    "4x4, two dense layers": {"mesh": (4, 4), "model": FLOAT64 | TWO_DENSE},
     "4x4, sigmoid, bias, groups, scale, gated shared experts": {
         "mesh": (4, 4),
         "model": FLOAT64 | SIGMOID | BIAS | GROUPS | SHARED | {"layers": 1, "shared_gate": True},
@@ -128,6 +127,7 @@ SLOW_STEPS = {
         | {"qk_norm": "head", "normalize_top_k": False},
         "optimizer": {"zero1": True},
     },
+    "4x4, two dense layers": {"mesh": (4, 4), "model": FLOAT64 | TWO_DENSE},
     "ma_folded 2x8, two dense layers, capacity, unrolled, dots, gelu": {
         "layout": "ma_folded",
         "mesh": (2, 8),

@@ -148,6 +148,9 @@ def test_a_model_trained_here_has_the_family_that_it_is():
         ("activation", "gelu", {}),
         ("normalize_top_k", False, {}),
         ("clip_qkv", 8.0, {"qk_norm": "head"}),
+        ("router_score", "sigmoid", {}),
+        ("shared_experts", 1, {}),
+        ("dense_layers", 1, {"dense_d_ff": 32}),
         ("head_dim", 64, {"qk_norm": "all"}),
     ],
 )
