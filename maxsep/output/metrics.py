@@ -31,7 +31,7 @@ def expert_load(counts_le: np.ndarray) -> dict:
     """
     counts_le = np.asarray(counts_le, np.float64)
     experts = counts_le.shape[1]
-    shares_le = counts_le / counts_le.sum(axis=1, keepdims=True)
+    shares_le = counts_le / np.maximum(counts_le.sum(axis=1, keepdims=True), 1)  # a batch may be all padding
     nats_l = 0 - np.sum(shares_le * np.log(np.where(shares_le > 0, shares_le, 1)), axis=1)
     max_over_mean_l = shares_le.max(axis=1) * experts
     layers = {
@@ -47,7 +47,7 @@ def expert_load(counts_le: np.ndarray) -> dict:
 def expert_shares(counts_le: np.ndarray) -> list[list[float]]:
     """Each expert's share of its layer's choices, layers × experts."""
     counts_le = np.asarray(counts_le, np.float64)
-    return (counts_le / counts_le.sum(axis=1, keepdims=True)).tolist()
+    return (counts_le / np.maximum(counts_le.sum(axis=1, keepdims=True), 1)).tolist()
 
 
 def device_memory() -> dict[str, int]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from maxsep.cluster.job import ALONE, Job
@@ -165,7 +166,8 @@ class Run:
         values = jax.device_get(device_metrics)
         load_le, dropped_l, skipped = (values.pop(name) for name in ("load_le", "dropped_l", "skipped"))
         load = metrics.expert_load(load_le)
-        load["layers"]["dropped_fraction"] = (dropped_l / load_le.sum(axis=1)).tolist()
+        choices_l = np.maximum(load_le.sum(axis=1), 1)
+        load["layers"]["dropped_fraction"] = (dropped_l / choices_l).tolist()
         if (norm_l := values.pop("router_bias_norm_l", None)) is not None:
             load["layers"]["router_bias_norm"] = norm_l.tolist()
         speed = self.tokens / seconds
@@ -176,7 +178,7 @@ class Run:
             "tokens_per_second": speed,
             "tokens_per_second_per_device": speed / self.mesh.size,
             "mfu": flops.mfu(speed, self.flops / self.tokens, peak),
-            "dropped_fraction": float(dropped_l.sum() / load_le.sum()),
+            "dropped_fraction": float(dropped_l.sum() / choices_l.sum()),
             "skipped_steps": int(skipped[0]),
             **load,
             **({"expert_shares": metrics.expert_shares(load_le)} if shares else {}),
