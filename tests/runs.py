@@ -21,7 +21,6 @@ SMALL = {
     "model__d_model": 16,
     "model__d_ff": 16,
     "model__dtype": "float64",
-    "model__router_bias_rate": 0.01,  # biases are saved, killed, rolled back and compared as parameters are
 }
 
 

@@ -62,6 +62,8 @@ VARIANTS = {
         "optimizer__zero1": True,
         "model__remat": "full",
         "model__dtype": "bfloat16",
+        "model__router_bias_rate": 0.01,
+        "model__balance_over": "batch",
     },
 }
 
@@ -69,7 +71,8 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """On one device: programs of several simulated ones are not kept, and each start would compile them."""
-    return kill.flags(kill.text(tmp_path_factory.mktemp("text")), mesh__attention=1, mesh__expert=1)
+    alone = {"mesh__attention": 1, "mesh__expert": 1}
+    return kill.flags(kill.text(tmp_path_factory.mktemp("text")), **alone, model__router_bias_rate=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +158,7 @@ def test_killed_at_any_time(tmp_path, programs, flags, whole, later):
 def moved(tmp_path_factory):
     """Flags of a run in float64, the run in one go, and one that was killed on the way."""
     folder = tmp_path_factory.mktemp("moved")
-    flags = kill.flags(kill.text(folder), train__steps=24, model__dtype="float64")
+    flags = kill.flags(kill.text(folder), train__steps=24, model__dtype="float64", model__router_bias_rate=0.01)
     kill.train(folder / "whole", *flags)
     kill.killed(folder / "killed", in_a_step, *flags)
     return flags, folder / "whole", folder / "killed"

@@ -163,7 +163,7 @@ def test_nothing_to_evaluate(call, workdir):
 
 
 def test_from_the_parameters_of_another_run(call, finished, workdir, tmp_path):
-    """With rates so small that no parameter and no bias moves."""
+    """With rates so small that no parameter and no bias moves; the other run balanced by none."""
     run, still = tmp_path / "next", {"train__init_from": finished, "optimizer__learning_rate": 1e-30}
     still["model__router_bias_rate"] = 1e-30
     assert call(run, train__steps=2, **still)[0] == cli.DONE
