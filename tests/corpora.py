@@ -4,7 +4,7 @@ import os
 
 from maxsep import prepare
 from maxsep.config import Config, DataConfig, ModelConfig, cli
-from maxsep.data import preparation
+from maxsep.data import preparation, splits
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(cli.REPOSITORY)}  # also where the package is not installed
 TEXTS = [f"text {i} " * (i % 9 + 1) for i in range(200)]
@@ -17,6 +17,18 @@ def config(text, folder, **data):
 
 def ensure(text, folder, log=None, **data):
     return preparation.ensure(config(text, folder, **data), (log if log is not None else []).append)
+
+
+def read(source, train=None, held_out=None, most=None):
+    """The texts of a source that are trained on and that are held out, each in the order in which it is read."""
+    found, begun = {"train": [], "eval": []}, False
+    for split, sides in splits.sides(train, held_out, source.sizes(), most).items():
+        for part in source.parts(split):
+            for document in source.read(part):
+                if document.content and (side := sides.of(document.place)):
+                    found[side].append(found[side].pop() + document.content if begun else document.content)
+                begun = side == "train" == sides.of(document.following)
+    return list(found.values())
 
 
 def run(path, cache, *flags):

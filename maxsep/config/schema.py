@@ -100,16 +100,17 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "docstrings"  # where text comes from: docstrings, tfds, files
-    path: str | None = None  # tfds: data_dir or prepared version; files: a glob of .jsonl, .txt, compressed or not
-    name: str | None = None  # tfds: dataset below path, as c4/en or c4/en:3.1.0; default: path is a prepared version
-    split: str | None = None  # training split, as train[:90%]; default: all that is not held out
-    eval_split: str | None = None  # held-out split; default: validation if there is one, else the last 10 % of train
+    path: str | None = None  # tfds: data_dir or prepared version; files: a glob of .parquet, .jsonl, .txt, or a folder
+    name: str | None = None  # tfds: dataset below path, as c4/en or c4/en:3.1.0; files: a config_name of its README.md
+    text_column: str = "text"  # files: the column of .parquet, or key of .jsonl, that has the text
+    split: str | None = None  # training split, as train[:90%]; default: all of train that is not held out
+    eval_split: str | None = None  # held-out split; default: validation if there is one, else up to 10 % of train
     sequence_length: int = 1024  # tokens per sequence (context length)
     tokenizer: str = "gpt2"  # gpt2, gpt2:N (its first N ids), bytes, ids:N[:END] (numbers), a tokenizer.json's path
     begin_prompts: bool = False  # begin prompts and scored texts as the tokenizer.json does (add_bos_token)
     cross_document_attention: bool = True  # let tokens attend to earlier documents in their sequence
     max_tokens: int | None = None  # prepare at most this many training tokens
-    eval_max_tokens: int | None = None  # prepare at most this many held-out tokens
+    eval_max_tokens: int | None = 2_000_000  # hold out at most this many tokens
     cache: str | None = None  # folder of prepared records; default: maxsep in the user's cache folder
 
 

@@ -120,7 +120,10 @@ def _data(config: Config) -> None:
             value = attrgetter(path)(config)
             _need(value is None, path, value, "None where data.source is docstrings; other text: tfds, files")
     else:
-        what = {"tfds": "the folder of a prepared dataset", "files": "a glob of .jsonl or .txt files"}[data.source]
+        what = {
+            "tfds": "the folder of a prepared dataset",
+            "files": "a glob of .parquet, .jsonl or .txt files, or a dataset's folder",
+        }[data.source]
         _need(bool(data.path), "data.path", data.path, f"{what}, as data.source is {data.source}")
     ids = tokenizer_ids(data.tokenizer)
     if ids is not None:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from maxsep.config import ConfigError
 
-ENDINGS = re.compile(r".*\.(jsonl|txt)(?:\.(gz|xz|bz2|zst))?", re.DOTALL)
+ENDINGS = re.compile(r".*\.(?:(parquet)|(?:(jsonl?|txt)(?:\.(gz|xz|bz2|zst))?))", re.DOTALL)
 BLOCK = 1 << 20  # bytes read at once
 PIECE = 16 << 20  # bytes, roughly, between the places where a file may be cut
 
@@ -30,12 +30,13 @@ class Scan:
 
 
 def kind(path: str) -> str:
-    """jsonl or txt."""
-    return ENDINGS.fullmatch(path)[1]
+    """parquet, jsonl or txt."""
+    of_parquet, of_text, _ = ENDINGS.fullmatch(path).groups()
+    return of_parquet or ("txt" if of_text == "txt" else "jsonl")
 
 
 def compression(path: str) -> str | None:
-    return ENDINGS.fullmatch(path)[2]
+    return ENDINGS.fullmatch(path)[3]
 
 
 def state(path: str) -> str:
@@ -76,7 +77,7 @@ def scan(path: str) -> Scan:
     """
     digest, cuts = hashlib.sha256(), [(0, 0)]
     size = lines = 0
-    with _open(path) as file:
+    with opened(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
             if size + len(block) - cuts[-1][0] > PIECE:
@@ -90,28 +91,13 @@ def scan(path: str) -> Scan:
     return Scan(digest.hexdigest(), tuple(cuts))
 
 
-def cut_at(path: str, offset: int, size: int) -> int:
-    """The first line that starts at or after the offset, or the next character where no line starts soon."""
-    if offset <= 0 or offset >= size:
-        return min(max(offset, 0), size)
-    with _open(path, offset - 1) as file:
-        block = file.read(65536)
-    newline = block.find(b"\n")
-    if newline >= 0:
-        return offset + newline
-    following = 1
-    while following < len(block) and block[following] & 0xC0 == 0x80:
-        following += 1
-    return offset + following - 1
-
-
 def read_pieces(path: str, cuts: tuple[tuple[int, int], ...]) -> Iterator[bytes]:
     """The bytes between each two cuts that follow one another.
 
     Raises:
         ConfigError: a file that cannot be read to its end, or is not as it was scanned.
     """
-    with _open(path, cuts[0][0]) as file:
+    with opened(path, cuts[0][0]) as file:
         for (start, _), (stop, _) in itertools.pairwise(cuts):
             piece = file.read(stop - start)
             if len(piece) != stop - start:
@@ -120,7 +106,7 @@ def read_pieces(path: str, cuts: tuple[tuple[int, int], ...]) -> Iterator[bytes]
 
 
 @contextlib.contextmanager
-def _open(path: str, offset: int = 0) -> Iterator[BinaryIO]:
+def opened(path: str, offset: int = 0) -> Iterator[BinaryIO]:
     """The file's text from an offset on; what a damaged file raises becomes the user's one line."""
     try:
         with _decompress(path) as file:

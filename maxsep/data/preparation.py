@@ -19,16 +19,16 @@ import numpy as np
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, cli
 from maxsep.config.checksum import checksum
-from maxsep.data import cache, packing, sources, tokenizer
+from maxsep.data import cache, packing, sources, splits, tokenizer
 from maxsep.data.base_tokenizer import NO_END
 from maxsep.data.records import FORMAT, Corpus, Damaged
+from maxsep.data.splits import BYTES_A_TOKEN, Sides
 from maxsep.output.durable import write_json
 from maxsep.output.ticker import seldom
 
 LARGE = 300_000_000  # tokens that training does not prepare on the way: minutes of work
 RATE = 2_000_000  # tokens/s that a process prepares, roughly
 HASH_RATE = 500_000_000  # bytes/s that are read for a file's hash, roughly
-BYTES_A_TOKEN = 4  # of English text in GPT-2's tokens, roughly
 MOST_UNKNOWN = 0.5  # share of a text that its tokenizer may lack
 
 
@@ -64,7 +64,8 @@ def check(config: Config) -> str:
         ConfigError: one of them is not there, or of no known kind.
     """
     preparation = Preparation(config, lambda line: None)
-    preparation.source.check_splits(config.data.split, config.data.eval_split)
+    if config.data.split or config.data.eval_split:
+        preparation.sides()
     return preparation.tokenizer.fingerprint
 
 
@@ -136,40 +137,54 @@ class Preparation:
             manifest = self.describe(manifest)
             write_json(partial / "manifest.json", manifest | {"checksum": checksum(manifest)})
         except ConfigError:
-            if not any(partial.glob("*-progress.json")):  # nothing worth keeping
+            if not (partial / packing.PROGRESS).exists():  # nothing worth keeping
                 shutil.rmtree(partial)
             raise
         finally:
             _drop_begun(partial)
-        for file in partial.glob("*-progress.json"):
-            file.unlink()
+        packing.clean(partial)
         partial.rename(folder)
+
+    def sides(self) -> dict[str, Sides]:
+        """Of each split of the source, what is trained on and what is held out."""
+        data, sizes = self.config.data, self.source.sizes()
+        if data.max_tokens:  # little of the text is read, which then has little to hold out
+            sizes = {name: min(size, data.max_tokens * BYTES_A_TOKEN) for name, size in sizes.items()}
+        return splits.sides(data.split, data.eval_split, sizes, data.eval_max_tokens)
 
     def pack(self, folder: Path, workers: int, progress: Callable[[str], None]) -> dict:
         """Packs both splits into shards in `folder`. Returns what `packing.pack` tells of each."""
         data = self.config.data
         self.source.prepare(self.log)
-        parts = self.source.splits(data.split, data.eval_split)
+        sides = self.sides()
         self.log(f"preparing {self.source.description}, with the tokenizer {data.tokenizer}")
-        limits = {"train": data.max_tokens, "eval": data.eval_max_tokens}
-        return {
-            split: packing.pack(
-                folder, split, self.source.read, pieces, data.tokenizer, data.sequence_length, most, workers, progress
-            )
-            for (split, most), pieces in zip(limits.items(), parts, strict=True)
-        }
+        how = packing.Packing(data.tokenizer, data.sequence_length, data.max_tokens, data.eval_max_tokens)
+
+        def packed(sides: dict[str, Sides]) -> dict:
+            self.log(f"held out: {splits.described(sides, data.eval_max_tokens)}")
+            parts = [(part, its) for name, its in sides.items() for part in self.source.parts(name)]
+            return packing.pack(folder, self.source.read, parts, how, workers, progress)
+
+        found = packed(sides)
+        if not found["eval"]["tokens"] and data.eval_split is None and found["top"] is not None:
+            packing.clean(folder)
+            for path in folder.glob("*.array_record"):
+                path.unlink()
+            # So few documents that none lies so high: the highest of them then
+            found = packed(splits.above(found["top"], sides))
+        return {name: found[name] for name in ("train", "eval")}
 
     def check(self, train_tokens: int, eval_tokens: int) -> None:
         data = self.config.data
-        limits = {"max_tokens": train_tokens, "eval_max_tokens": eval_tokens}
-        for field, tokens in limits.items():
-            if tokens < 2 and getattr(data, field) is not None:
+        for field in ("max_tokens", "eval_max_tokens"):
+            if getattr(data, field) == 1:
                 raise ConfigError(f"data.{field}: got {getattr(data, field)}; takes None, or at least 2 tokens")
         if train_tokens + eval_tokens < 2 and data.split is None and data.eval_split is None:
             raise ConfigError(f"data.path: got {data.path!r}, which holds no text; takes text")
         for field, tokens in (("split", train_tokens), ("eval_split", eval_tokens)):
             if tokens < 2:
-                got = f"got {getattr(data, field)}, which holds no text (documents are not cut)"
+                why = "a document is not cut, and its copies stay with it"
+                got = f"got {getattr(data, field)}, which holds no text ({why})"
                 raise ConfigError(f"data.{field}: {got}; takes a larger slice, or data.path more documents")
         if train_tokens <= data.sequence_length:
             takes = f"less than the {train_tokens} tokens of the training split"

@@ -25,7 +25,7 @@ from maxsep.config import ConfigError, cli, faults
 from maxsep.config.checksum import checksum
 from maxsep.output.console import say
 
-FORMAT = 1
+FORMAT = 2
 PAD = -1
 SHARD_TOKENS = 1 << 27
 OPEN_SHARDS = 512  # at once: below the usual limit of open files

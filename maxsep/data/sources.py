@@ -3,12 +3,11 @@
 - `description`: for the console; `bytes`: the text's size, roughly;
 - `fingerprint(log)`: a hash that is another one when the text is; `quick_fingerprint()`: whether it is known without
   reading the text;
-- `check_splits(split, eval_split)`: refuses what can be refused without reading the text;
 - `prepare(log)`: what has to be done once before reading;
-- `splits(split, eval_split) -> (parts, parts)`: the training and the held-out text in parts. Which these are depends on
-  the source alone, so that any number of processes makes the same records of them;
-- `read(part) -> iterator of (text, ends, at)`: the part's text in order; `ends` where a document does; `at`: where it
-  lies, for messages.
+- `sizes()`: of each split, as train or validation, the bytes of its text, roughly;
+- `parts(split)`: the split in parts. Which these are depends on the source alone, so that any number of processes makes
+  the same records of them;
+- `read(part) -> iterator of Document`: what the part holds, in order.
 """
 
 from pathlib import Path
@@ -31,4 +30,4 @@ def find(data: DataConfig, cache_folder: Path) -> Source:
         return DocstringsSource(cache_folder)
     if data.source == "tfds":
         return tfds_source.find(data.path, data.name)
-    return FilesSource(data.path, cache_folder)
+    return FilesSource(data.path, data.name, data.text_column, cache_folder)

@@ -1,6 +1,5 @@
 """Text of a dataset that TFDS prepared, array_record or tfrecord, read without TensorFlow; so is the default corpus."""
 
-import collections
 import functools
 import hashlib
 import itertools
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maxsep.config import ConfigError, paths
-from maxsep.data import cache, docstrings, files, intervals
+from maxsep.data import cache, docstrings, files, splits
+from maxsep.data.splits import Document
 
 DOCUMENTS = 4096  # a part, of array_record
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -56,70 +56,24 @@ class TfdsSource:
         """Whether `fingerprint` is known without reading the text."""
         return True
 
-    def check_splits(self, train: str | None, held_out: str | None) -> None:
-        """Raises what `splits` does."""
-        if train or held_out:
-            self.splits(train, held_out)
-
-    def splits(self, train: str | None, held_out: str | None) -> tuple[list[Part], list[Part]]:
-        """The parts of the training and of the held-out text, named as TFDS does or by default (None).
+    def sizes(self) -> dict[str, int]:
+        """Bytes of text of each split, roughly.
 
         Raises:
-            ConfigError: no such split, or a document in both.
+            ConfigError: the folder is no prepared dataset.
         """
-        names = _builder(self.folder).info.splits
-        if held_out is None:
-            held_out = "validation" if "validation" in names else "train[90%:]"
-        of_held_out = self._parts("data.eval_split", held_out)
-        train = train or self._rest(held_out)
-        parts = self._parts("data.split", train), of_held_out
-        for a, b in itertools.product(*parts):
-            if a.filename == b.filename and a.skip < b.skip + b.take and b.skip < a.skip + a.take:
-                raise ConfigError(f"data.split: got {train}, which overlaps the held-out split {held_out}")
-        return tuple([piece for part in side for piece in self._pieces(part)] for side in parts)
+        return {name: split.num_bytes or 0 for name, split in _builder(self.folder).info.splits.items()}
 
-    def _parts(self, field: str, split: str) -> list[Part]:
-        splits = _builder(self.folder).info.splits
-        try:
-            instructions = splits[split].file_instructions
-        except (KeyError, ValueError, AssertionError):
-            takes = f"splits of {', '.join(sorted(splits))}, as train[:90%]"
-            raise ConfigError(f"{field}: got {split}; takes {takes}") from None
-        taken = collections.defaultdict(list)  # by file: a document is read once, however often slices name it
-        parts = []
-        for i in instructions:
-            name, here = str(i.filename), (i.skip, i.skip + i.take)
-            for start, stop in intervals.less(here, taken[name]):
-                parts.append(Part(name, start, stop - start, i.examples_in_shard))
-            taken[name].append(here)
-        return parts
+    def parts(self, split: str) -> Iterator[Part]:
+        """The split in stretches: short ones where a file can be read from anywhere."""
+        for i in _builder(self.folder).info.splits[split].file_instructions:
+            size = i.take if _is_tfrecord(self.folder) else DOCUMENTS
+            for skip in range(i.skip, i.skip + i.take, size):
+                take = min(size, i.skip + i.take - skip)
+                yield Part(str(i.filename), skip, take, i.examples_in_shard)
 
-    def _rest(self, held_out: str) -> str:
-        """What of `train` is not held out; all of it where that is another split."""
-        import tensorflow_datasets as tfds
-
-        infos = _builder(self.folder).info.splits
-        if "train" not in infos:
-            return "train"  # and refused as such
-        whole = infos["train"].num_examples
-        slices = tfds.core.ReadInstruction.from_spec(held_out).to_absolute(infos)
-        taken = [(s.from_ or 0, whole if s.to is None else s.to) for s in slices if s.splitname == "train"]
-        if not taken:
-            return "train"
-        rest = [f"train[{start}:{stop}]" for start, stop in intervals.less((0, whole), taken)]
-        if not rest:
-            raise intervals.nothing_left(held_out)
-        return "+".join(rest)
-
-    def _pieces(self, part: Part) -> Iterator[Part]:
-        """Short parts, where a file can be read from anywhere."""
-        size = part.take if _is_tfrecord(self.folder) else DOCUMENTS
-        for skip in range(part.skip, part.skip + part.take, size):
-            take = min(size, part.skip + part.take - skip)
-            yield Part(part.filename, skip, take, part.examples_in_shard)
-
-    def read(self, part: Part) -> Iterator[tuple[str, bool, str]]:
-        """The part's texts, each with True, as a document ends with it, and where it lies.
+    def read(self, part: Part) -> Iterator[Document]:
+        """The part's documents.
 
         Raises:
             ConfigError: a file that is missing or damaged, or not UTF-8.
@@ -132,7 +86,8 @@ class TfdsSource:
             for record in records:
                 text = features.deserialize_example_np(record)[name]
                 at = f"{part.filename}: document {part.skip + count}"
-                yield text.decode() if isinstance(text, bytes) else text, True, at
+                content = text if isinstance(text, bytes) else text.encode()
+                yield Document(content.decode(), splits.place(content), at)
                 count += 1
         except UnicodeDecodeError:
             raise ConfigError(f"data.path: {at} is not UTF-8") from None
@@ -152,12 +107,9 @@ class DocstringsSource(TfdsSource):
         super().__init__(self._root / "docstrings" / "1.0.0")
         self.description = "docstrings of installed Python packages"
 
-    def check_splits(self, train: str | None, held_out: str | None) -> None:
-        """Refuses what cannot be one, without building the corpus, which has the split `train` alone."""
-        for field, split in (("data.split", train), ("data.eval_split", held_out)):
-            terms = (split or "train").split("+")
-            if not all(re.fullmatch(r"train(\[(-?[\d.]+%?)?:(-?[\d.]+%?)?\])?", term.strip()) for term in terms):
-                raise ConfigError(f"{field}: got {split}; takes slices of train, as train[:90%]")
+    def sizes(self) -> dict[str, int]:
+        """Its one split, known without building the corpus."""
+        return {"train": self.bytes}
 
     def fingerprint(self, log: Callable[[str], None]) -> str:
         """Hash of what the corpus is built from, known before it is built."""
@@ -249,7 +201,10 @@ def _array_records(part: Part) -> Iterator[bytes]:
 
     with ArrayRecordDataSource([part]) as records:
         for i in range(part.take):
-            yield records[i]
+            record = records[i]
+            if not record:  # what is read from a file that was cut
+                raise ValueError(f"document {part.skip + i} is empty")
+            yield record
 
 
 def _tfrecords(part: Part) -> Iterator[bytes]:

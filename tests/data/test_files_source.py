@@ -1,15 +1,16 @@
 import bz2
-import contextlib
 import gzip
 import json
 import lzma
+import shutil
 
-import pyarrow
+import pyarrow.parquet
 import pytest
+from corpora import ensure, read
 
 from maxsep.config import ConfigError
 from maxsep.data import files
-from maxsep.data.files_source import FilesSource, place
+from maxsep.data.files_source import FilesSource
 
 COMPRESS = {
     "": bytes,
@@ -30,145 +31,125 @@ def jsonl(texts):
     return "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts).encode()
 
 
-def find(tmp_path, pattern="*"):
-    return FilesSource(str(tmp_path / pattern), tmp_path / "cache")
+def find(tmp_path, pattern="*", column="text", name=None):
+    return FilesSource(str(tmp_path / pattern), name, column, tmp_path / "cache")
 
 
-def documents(source, parts):
-    """The documents of the parts, read part by part."""
-    found, text = [], ""
-    for part in parts:
-        for piece, ends, _ in source.read(part):
-            text += piece
-            if ends:
-                found.append(text)
-                text = ""
-    return found + [text] * bool(text)
-
-
-def read(source, train=None, held_out=None):
-    return [documents(source, parts) for parts in source.splits(train, held_out)]
+def words(count):
+    return [f"document {i}, " * (i % 7 + 1) for i in range(count)]
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_every_document_is_on_one_side(tmp_path, ending):
-    texts = [f"document {i}, ".encode() * (i % 7 + 1) for i in range(300)]
-    texts = [text.decode() for text in texts]
+    texts = words(300)
     (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS[ending](jsonl(texts[:200])))
     (tmp_path / f"b.jsonl{ending}").write_bytes(COMPRESS[ending](jsonl(texts[200:])))
     source = find(tmp_path, "*.jsonl*")
     train, held_out = read(source)
     assert sorted(train + held_out) == sorted(texts)
-    assert 28 <= len(held_out) <= 32
+    assert 15 <= len(held_out) <= 45
     assert [text for text in texts if text in set(train)] == train
-    train_parts, _ = source.splits(None, None)
-    assert len(train_parts) == 2 if ending else len(train_parts) > 4
+    assert len(list(source.parts("train"))) == 2 if ending else len(list(source.parts("train"))) > 4
+
+
+BOOK = "".join(f"line {i} of the book\n\n  indented ä€😀\n" for i in range(4000))
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
-def test_texts_are_cut_like_one_long_text(tmp_path, ending):
-    book = "".join(f"line {i} of the book\n\n  indented ä€😀\n" for i in range(400))
-    (tmp_path / f"b.txt{ending}").write_bytes(COMPRESS[ending](book.encode()))
-    (tmp_path / f"a.txt{ending}").write_bytes(COMPRESS[ending](b"a short one"))
+def test_a_book_has_sections_that_are_held_out(tmp_path, ending, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 1 << 15)
+    (tmp_path / f"b.txt{ending}").write_bytes(COMPRESS[ending](BOOK.encode()))
     train, held_out = read(find(tmp_path, "*.txt*"))
-    assert train[0] == "a short one" and len(train) == 2 and len(held_out) == 1
-    assert train[1] + held_out[0] == book
-    assert train[1].endswith("\n")
-    share = len(held_out[0].encode()) / len(book.encode())
-    assert 0.09 < share < 0.11
+    place = {text: BOOK.index(text) for text in train + held_out}
+    assert "".join(sorted(train + held_out, key=place.get)) == BOOK
+    assert all(text.endswith("\n") for text in train + held_out)
+    assert all(files.BLOCK < len(text.encode()) <= 8192 + 4096 for text in held_out)
+    share = sum(map(len, held_out)) / len(BOOK)
+    assert 0.05 < share < 0.15 and len(train) <= len(held_out) + 1
 
 
-def test_a_text_without_lines_is_cut_between_characters(tmp_path):
-    book = "€" * 1000
-    (tmp_path / "a.txt").write_text(book)
-    (train,), (held_out,) = read(find(tmp_path, "*.txt"))
-    assert train + held_out == book and 90 <= len(held_out) <= 101
+def test_sections_are_those_of_the_whole_file_wherever_it_is_cut(tmp_path, monkeypatch):
+    for text in (BOOK, "€" * 9000, "x" * 8192, "x" * 8191 + "\n" + "y" * 20, "\n" * 30_000, "a\n" + "b" * 40_000):
+        (tmp_path / "a.txt").write_text(text)
+        found = []
+        for piece in (1, 20_000, 1 << 20):
+            monkeypatch.setattr(files, "PIECE", piece)
+            (tmp_path / "cache" / "scans").exists() and shutil.rmtree(tmp_path / "cache")
+            source = find(tmp_path, "a.txt")
+            found.append([document for part in source.parts("train") for document in source.read(part)])
+        assert found[0] == found[1] == found[2]
+        assert "".join(document.content for document in found[0]) == text
+        following = [document.following for document in found[0]]
+        assert following == [document.place for document in found[0][1:]] + [None]
 
 
 def test_two_documents_make_two_splits(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["held out", "trained on"]))
-    assert read(find(tmp_path, "*.jsonl")) == [["trained on"], ["held out"]]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "other"]))
+    corpus = ensure(tmp_path / "a.jsonl", tmp_path / "cache", sequence_length=2)
+    assert (corpus.train.documents, corpus.eval.documents) == (1, 1)
+    (tmp_path / "b.txt").write_text(BOOK[:20_000])
+    corpus = ensure(tmp_path / "b.txt", tmp_path / "cache", sequence_length=2)
+    assert corpus.eval.documents == 1 and corpus.eval.targets < corpus.train.targets
 
 
-def test_places_are_even_and_stay():
-    for count in (10, 100, 1000):
-        held_out = sum(place(0, line) >= 0.9 for line in range(count))
-        assert abs(held_out - count / 10) <= 2
+KINDS = ("jsonl", "txt", "parquet")
 
 
-def test_slices_of_the_config(tmp_path):
-    texts = [str(i) for i in range(100)]
-    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
-    source = find(tmp_path, "*.jsonl")
-    train, held_out = read(source, None, "train[20%:30%]")
-    assert sorted(train + held_out) == sorted(texts)
-    train, held_out = read(source, "train[:50%]", "train[50%:75%]")
-    assert 48 <= len(train) <= 52 and 23 <= len(held_out) <= 27 and not set(train) & set(held_out)
+def write(folder, name, texts, kind):
+    folder.mkdir(exist_ok=True)
+    if kind == "txt":
+        for i, text in enumerate(texts):
+            (folder / f"{name}-{i:05}.txt").write_text(text)
+    elif kind == "jsonl":
+        (folder / f"{name}.jsonl").write_bytes(jsonl(texts))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"{name}.parquet", row_group_size=7)
 
 
-@pytest.mark.parametrize(
-    "held_out",
-    [
-        "train[90%:100%]",
-        "train[0%:10%]",
-        "train[:10%]+train[90%:]",
-        "train[90%:]+train[:10%]",
-        "train[10%:20%] + train[15%:30%]",
-        "train[20%:30%]+train[30%:40%]",
-        "train[:99%]",
-    ],
-)
-@pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_the_rest_of_any_slices_is_trained_on(tmp_path, held_out, kind):
-    lines = [f"{i:03}" for i in range(200)]
-    content = jsonl(lines) if kind == "jsonl" else "\n".join(lines).encode()
-    (tmp_path / f"a.{kind}").write_bytes(content)
-    sides = read(find(tmp_path, "a.*"), None, held_out)
-    found = [line for side in sides for text in side for line in text.split()]
-    assert sorted(found) == lines and all(sides)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_stays_on_its_side(tmp_path, kind):
+    """Among other files, under another name, elsewhere in a file, and in a corpus that has grown past a limit."""
+    texts = words(100)
+    write(tmp_path / "one", "b", texts, kind)
+    train, held_out = map(set, read(find(tmp_path, f"one/*.{kind}")))
+    assert held_out
+    write(tmp_path / "two", "a", [f"a neighbour {i}" for i in range(300)], kind)
+    write(tmp_path / "two", "moved", texts[60:] + texts[:10], kind)
+    write(tmp_path / "two", "rest", texts[10:60], "jsonl")
+    for most, exactly in ((None, True), (500, False)):
+        more = [set(side) for side in read(find(tmp_path, "two/*.*"), most=most)]
+        assert not more[1] & train, "what was trained on would be evaluated on"
+        assert (held_out <= more[1] and train <= more[0]) or not exactly
+        assert len(more[0] | more[1]) == 400
 
 
-def test_nothing_is_left_of_all(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["a", "b"]))
-    for held_out in ("train", "train[:]", "train[:40%]+train[30%:]"):
-        with pytest.raises(ConfigError, match=r"^data\.eval_split: got train.*, which leaves nothing to train on"):
-            find(tmp_path, "*.jsonl").check_splits(None, held_out)
+def test_a_long_text_that_grows_keeps_its_sides(tmp_path):
+    (tmp_path / "b.txt").write_text(BOOK[:-50_000])
+    _, held_out = read(find(tmp_path, "b.txt"))
+    (tmp_path / "a.txt").write_text("a neighbour")
+    (tmp_path / "b.txt").rename(tmp_path / "c.txt")
+    (tmp_path / "c.txt").write_text(BOOK)
+    _, more = read(find(tmp_path, "*.txt"))
+    assert set(held_out[:-1]) < set(more)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_what_slices_share_is_read_once(tmp_path, kind):
-    lines = [f"{i:03}" for i in range(200)]
-    (tmp_path / f"a.{kind}").write_bytes(jsonl(lines) if kind == "jsonl" else "\n".join(lines).encode())
-    train, _ = read(find(tmp_path, "a.*"), "train[10%:40%]+train[:20%]", "train[90%:]")
-    found = [line for text in train for line in text.split()]
-    assert 78 <= len(found) == len(set(found)) <= 82
-
-
-@pytest.mark.parametrize(
-    "train, held_out, field",
-    [
-        ("train", None, "data.split"),
-        ("train[:50%]", "train[40%:]", "data.split"),
-        ("validation", None, "data.split"),
-        ("train[:10]", None, "data.split"),
-        (None, "test", "data.eval_split"),
-        (None, "train[90%:80%]", "data.eval_split"),
-        (None, "train[90%", "data.eval_split"),
-    ],
-)
-def test_wrong_splits_are_refused(tmp_path, train, held_out, field):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["a", "b"]))
-    with pytest.raises(ConfigError, match=rf"^{field}: got "):
-        find(tmp_path, "*.jsonl").splits(train, held_out)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rest_of_a_slice_is_trained_on(tmp_path, kind):
+    texts = words(200)
+    write(tmp_path, "a", texts, kind)
+    for held_out in ("train[90%:]", "train[:10%]+train[90.5%:]", "train[10%:20%] + train[15%:30%]"):
+        sides = read(find(tmp_path, f"*.{kind}"), None, held_out)
+        assert sorted(sides[0] + sides[1]) == sorted(texts) and all(sides)
 
 
 def test_odd_lines_and_marks_are_no_text(tmp_path):
     content = b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "half \\ud800 pair"}\n{"text": ""}\n{"text": "no newline"}'
     (tmp_path / "a.jsonl").write_bytes(content)
     train, held_out = read(find(tmp_path, "*.jsonl"))
-    assert sorted(train + held_out) == ["", "a", "half ? pair", "no newline"]
+    assert sorted(train + held_out) == ["a", "half ? pair", "no newline"]
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfmarked\r\nat its start")
-    assert "".join(read(find(tmp_path, "b.txt"), "train[:50%]", "train[50%:]")[0]).startswith("marked")
+    (train, held_out) = read(find(tmp_path, "b.txt"))
+    assert train + held_out == ["marked\r\nat its start"]
 
 
 @pytest.mark.parametrize("blank", [b"", b"\n", b"\r\n", b" \t\n\n"])
@@ -198,10 +179,11 @@ def test_the_hash_is_of_the_contents(tmp_path):
     for folder in (first, second):
         folder.mkdir()
         (folder / "a.txt").write_text("the same")
-    hashes = [FilesSource(str(f / "*.txt"), tmp_path).fingerprint(print) for f in (first, second)]
+    hashes = [find(folder, "*.txt").fingerprint(print) for folder in (first, second)]
     assert hashes[0] == hashes[1]
+    assert find(second, "*.txt", column="other").fingerprint(print) != hashes[0]
     (second / "a.txt").write_text("not the same")
-    assert FilesSource(str(second / "*.txt"), tmp_path).fingerprint(print) != hashes[0]
+    assert find(second, "*.txt").fingerprint(print) != hashes[0]
 
 
 def test_a_file_is_read_for_its_hash_once(tmp_path, monkeypatch):
@@ -254,12 +236,12 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
     assert "not UTF-8" in damaged(tmp_path, "a.txt", b"fine\n" * 300 + b"caf\xe9 au lait\n" + b"fine\n" * 9)
 
 
-@pytest.mark.parametrize("pattern", ["nothing-*.jsonl", "*.csv", "folder", "*"])
+@pytest.mark.parametrize("pattern", ["nothing-*.jsonl", "*.csv", "*"])
 def test_what_is_no_text_file_is_refused(tmp_path, pattern):
     (tmp_path / "a.csv").write_text("a,b")
     (tmp_path / "b.txt").write_text("b")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match=r"^data\.path: got .*takes a glob of .jsonl or .txt files"):
+    with pytest.raises(ConfigError, match=r"^data\.path: got .*takes a glob of .parquet, .jsonl or .txt files"):
         find(tmp_path, pattern)
 
 
@@ -278,10 +260,10 @@ def test_a_file_that_is_gone_is_named(tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("line\n" * 1000)
-    source = find(tmp_path, "a.txt")
-    parts, _ = source.splits(None, None)
-    path.write_text("line\n")
-    with pytest.raises(ConfigError, match="changed while it was read"), contextlib.suppress(StopIteration):
-        documents(source, parts)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(words(100)))
+    source = find(tmp_path, "a.jsonl")
+    parts = list(source.parts("train"))
+    path.write_text(path.read_text()[:900])
+    with pytest.raises(ConfigError, match="changed while it was read"):
+        list(source.read(parts[1]))

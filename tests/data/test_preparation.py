@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from maxsep import prepare
 from maxsep.config import Config, ConfigError, DataConfig, ModelConfig, cli
 from maxsep.data import docstrings, packing, preparation
+from maxsep.data.splits import Sides
 
 
 def test_what_is_prepared_is_opened(files, tmp_path):
@@ -237,12 +238,13 @@ def test_the_same_text_elsewhere_is_named_as_configured(files, tmp_path):
 def dies(part):
     """As a worker that the system kills where memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
-    yield "", True, ""
+    yield
 
 
 def test_a_killed_worker_is_one_line(tmp_path):
     with pytest.raises(cli.Exit, match=r"^--workers: got 2, but one of them was killed .*; takes fewer") as error:
-        packing.pack(tmp_path, "train", dies, ["a", "b"], "bytes", 16, None, 2, print)
+        parts = [(name, Sides(train=((0, 1),))) for name in "ab"]
+        packing.pack(tmp_path, dies, parts, packing.Packing("bytes", 16, None, None), 2, print)
     assert error.value.status == cli.USER_ERROR
 
 

@@ -16,8 +16,8 @@ from runs import snapshot
 
 from maxsep.config import Config, ConfigError, DataConfig, ModelConfig, cli, faults
 from maxsep.data import files, loader, packing, preparation, records
-from maxsep.data.files_source import place
 from maxsep.data.records import Corpus, Damaged
+from maxsep.data.splits import place
 
 END = "<|endoftext|>"
 
@@ -63,11 +63,13 @@ def stream(split):
 
 @given(texts=st.lists(st.text(max_size=60), min_size=30, max_size=60), length=st.integers(1, 50))
 def test_nothing_is_lost(texts, length):
-    texts = [text + "." for text in texts]
+    texts = [f"{text}.{i}" for i, text in enumerate(texts)]
     with tempfile.TemporaryDirectory() as folder:
         corpus = ensure(Path(folder), texts, sequence_length=length)
-        held_out = [text for i, text in enumerate(texts) if place(0, i) >= 0.9]
-        trained_on = [text for i, text in enumerate(texts) if place(0, i) < 0.9]
+        places = {text: place(text.encode()) for text in texts}
+        limit = 0.9 if max(places.values()) >= 0.9 else max(places.values())
+        held_out = sorted((text for text in texts if places[text] >= limit), key=places.get, reverse=True)
+        trained_on = [text for text in texts if places[text] < limit]
         for split, documents in ((corpus.train, trained_on), (corpus.eval, held_out)):
             assert corpus.tokenizer.decode(stream(split)) == "".join(text + END for text in documents)
             assert split.documents == len(documents)
@@ -83,22 +85,23 @@ def test_the_unigram_entropy_is_that_of_the_counts(tmp_path):
 
 
 def test_limits_are_exact(tmp_path):
-    texts = ["0123456789" * 3] * 40
-    whole = ensure(tmp_path, texts)
-    limited = ensure(tmp_path, max_tokens=200, eval_max_tokens=33)
-    assert stream(limited.train) == stream(whole.train)[:200]
-    assert stream(limited.eval) == stream(whole.eval)[:33]
-    assert (limited.train.documents, limited.eval.documents) == (7, 2)
+    texts = [f"{i:030}" for i in range(40)]
+    whole = ensure(tmp_path, texts, eval_split="train[80%:]")
+    limited = ensure(tmp_path, eval_split="train[80%:]", max_tokens=200)
+    assert stream(limited.train) == stream(whole.train)[:200] and limited.train.documents == 7
     assert limited.fingerprint != whole.fingerprint
+    limited = ensure(tmp_path, eval_split="train[80%:]", eval_max_tokens=33)
+    assert stream(limited.eval) == stream(whole.eval)[:33] and limited.eval.documents == 2
+    assert stream(limited.train) == stream(whole.train), "a slice that is named is not trained on"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2:300"])
 def test_ids_of_any_size_are_kept(tmp_path, name, monkeypatch):
     monkeypatch.setattr(packing, "id_dtype", lambda size: np.dtype(np.uint32))
     monkeypatch.setattr(records, "id_dtype", lambda size: np.dtype(np.uint32))
-    made = config(tmp_path, ["hello world, said the tokenizer"] * 9, tokenizer=name)
+    made = config(tmp_path, [f"{i} hello world, said the tokenizer" for i in range(9)], tokenizer=name)
     corpus = preparation.ensure(Config(data=made.data, model=ModelConfig(vocab_size=50257)), print)
-    assert corpus.tokenizer.decode(stream(corpus.eval)) == "hello world, said the tokenizer" + END
+    assert corpus.tokenizer.decode(stream(corpus.eval)).endswith(" hello world, said the tokenizer" + END)
 
 
 def damage(corpus, how):
@@ -196,7 +199,7 @@ def test_a_record_that_cannot_be_read_is_waited_for(corpus, monkeypatch):
 )
 def test_a_record_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch, error, status):
     faulty = Faulty(monkeypatch, error, 0)
-    corpus = ensure(tmp_path, ["a text"] * 20)
+    corpus = ensure(tmp_path, [f"text {i}" for i in range(20)])
     before = snapshot(corpus.folder)
     faulty.left = math.inf
     with pytest.raises((cli.Exit, ConfigError)) as caught:

@@ -1,0 +1,114 @@
+"""The files of a folder that holds a dataset, by split, as Hugging Face's hub lays them out."""
+
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+from maxsep.config import ConfigError
+from maxsep.data import files
+from maxsep.data.matching import matching
+
+_SPLITS = {  # what names of files and folders call them
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def splits(folder: str, name: str | None) -> dict[str, list[str]]:
+    """The files of each split: what the folder's README.md says, else by their names.
+
+    Args:
+        name: `data.name`, a `config_name` of the README.md; None: its default.
+
+    Raises:
+        ConfigError: no text there, no such name, or a README.md whose head is none of a dataset.
+    """
+    configs = _configs(Path(folder))
+    if configs:
+        return _named(folder, name, configs)
+    if name is not None:
+        takes = f"None, as {folder!r} has no README.md that names parts of it"
+        raise ConfigError(f"data.name: got {name!r}; takes {takes}")
+    paths = _of_one_kind(matching(os.path.join(folder, "**")))
+    if not paths:
+        takes = "one with .parquet, .jsonl or .txt files (of a dataset saved by `save_to_disk`: `to_parquet`)"
+        raise ConfigError(f"data.path: got {folder!r}, a folder without text; takes {takes}")
+    return _by_name(folder, paths)
+
+
+def _named(folder: str, name: str | None, configs: dict[str, dict[str, list[str]]]) -> dict[str, list[str]]:
+    found = {}
+    for config, patterns in configs.items():
+        its = {split: _matching(folder, globs) for split, globs in patterns.items()}
+        if its := {split: paths for split, paths in its.items() if paths}:
+            found[config] = its
+    default = next(iter(configs)) if len(configs) == 1 else "default"
+    if (chosen := name or default) not in found:
+        why = f", whose files {_globs(configs[chosen])} are not there" if chosen in configs else ""
+        takes = f"one that {folder!r} has files of: {', '.join(found) or 'there is none'}"
+        raise ConfigError(f"data.name: got {name!r}{why}; takes {takes}")
+    return found[chosen]
+
+
+def _globs(patterns: dict[str, list[str]]) -> str:
+    return ", ".join(glob for globs in patterns.values() for glob in globs)
+
+
+def _configs(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """The globs of each split of each part that the head of README.md names; the default one is called so.
+
+    Its form: https://huggingface.co/docs/hub/datasets-manual-configuration.
+    """
+    path = folder / "README.md"
+    try:
+        head = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", path.read_text(encoding="utf-8"), re.DOTALL)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.path: {str(path)!r} cannot be read ({error})") from None
+    found = {}
+    try:
+        fields = yaml.safe_load(head[1]) if head else {}
+        for config in (fields or {}).get("configs") or ():
+            name = "default" if config.get("default") else config["config_name"]
+            entries = config.get("data_files", "**")
+            entries = [entries] if isinstance(entries, str | dict) else entries
+            below = found.setdefault(name, {})
+            for entry in entries:
+                entry = {"split": "train", "path": entry} if isinstance(entry, str) else entry
+                globs = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
+                prefix = config.get("data_dir", "")
+                below.setdefault(entry["split"], []).extend(os.path.join(prefix, glob) for glob in globs)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"data.path: the head of {str(path)!r} is not a dataset's: {reason}") from None
+    return found
+
+
+def _matching(folder: str, globs: list[str]) -> list[str]:
+    return sorted({path for glob in globs for path in _of_one_kind(matching(os.path.join(folder, glob)))})
+
+
+def _of_one_kind(paths: list[str]) -> list[str]:
+    """Those with text: of the first kind that is there, as a README.txt beside parquet files is none of the data."""
+    for kind in (r"parquet", r"jsonl(\.\w+)?|json\.\w+", r"json", r"txt(\.\w+)?"):
+        if found := [p for p in paths if files.ENDINGS.fullmatch(p) and re.search(rf"\.({kind})$", p)]:
+            return found
+    return []
+
+
+def _by_name(folder: str, paths: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        *folders, name = Path(os.path.relpath(path, folder)).parts
+        split = next((split for part in (name, *reversed(folders)) if (split := _split_of(part))), "train")
+        found.setdefault(split, []).append(path)
+    return found
+
+
+def _split_of(name: str) -> str | None:
+    words = re.split(r"[-._ \d]+", name.lower())
+    return next((split for split, names in _SPLITS.items() if not set(names).isdisjoint(words)), None)
