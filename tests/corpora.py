@@ -10,9 +10,9 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(cli.REPOSITORY)}  # also where the
 TEXTS = [f"text {i} " * (i % 9 + 1) for i in range(200)]
 
 
-def config(text, folder, **data):
+def config(text, folder, vocab=50304, **data):
     defaults = {"source": "files", "path": str(text), "sequence_length": 16, "tokenizer": "bytes"}
-    return Config(data=DataConfig(**defaults | {"cache": str(folder)} | data), model=ModelConfig(vocab_size=50304))
+    return Config(data=DataConfig(**defaults | {"cache": str(folder)} | data), model=ModelConfig(vocab_size=vocab))
 
 
 def ensure(text, folder, log=None, **data):
@@ -25,8 +25,11 @@ def read(source, train=None, held_out=None, most=None):
     for split, sides in splits.sides(train, held_out, source.sizes(), most).items():
         for part in source.parts(split):
             for document in source.read(part):
-                if document.content and (side := sides.of(document.place)):
-                    found[side].append(found[side].pop() + document.content if begun else document.content)
+                if (side := sides.of(document.place)) and len(document.content):
+                    if begun:
+                        found[side][-1] += document.content
+                    else:
+                        found[side].append(document.content)
                 begun = side == "train" == sides.of(document.following)
     return list(found.values())
 

@@ -22,7 +22,7 @@ from ml_collections import config_dict
 # What a field takes that has a few named values. Kept here, without JAX, so that a mistake is answered at once.
 CHOICES = {
     "mesh.inner": ("auto", "attention", "expert"),
-    "data.source": ("docstrings", "tfds", "files"),
+    "data.source": ("docstrings", "tfds", "files", "tokens"),
     "model.activation": ("swiglu", "gelu"),
     "model.qk_norm": ("none", "head", "all"),
     "model.router_score": ("softmax", "sigmoid"),
@@ -99,8 +99,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "docstrings"  # where text comes from: docstrings, tfds, files
-    path: str | None = None  # tfds: data_dir or prepared version; files: a glob of .parquet, .jsonl, .txt, or a folder
+    source: str = "docstrings"  # where text comes from: docstrings, tfds, files, or tokens (files of ids)
+    path: str | None = None  # files, tokens: a glob, or a dataset's folder; tfds: data_dir or a prepared version
     name: str | None = None  # tfds: dataset below path, as c4/en or c4/en:3.1.0; files: a config_name of its README.md
     text_column: str = "text"  # files: the column of .parquet, or key of .jsonl, that has the text
     split: str | None = None  # training split, as train[:90%]; default: all of train that is not held out

@@ -118,11 +118,12 @@ def _data(config: Config) -> None:
     if data.source == "docstrings":
         for path in ("data.path", "data.name"):
             value = attrgetter(path)(config)
-            _need(value is None, path, value, "None where data.source is docstrings; other text: tfds, files")
+            _need(value is None, path, value, "None where data.source is docstrings; other text: tfds, files, tokens")
     else:
         what = {
             "tfds": "the folder of a prepared dataset",
             "files": "a glob of .parquet, .jsonl or .txt files, or a dataset's folder",
+            "tokens": "a glob of .bin or .npy files, or a folder of them",
         }[data.source]
         _need(bool(data.path), "data.path", data.path, f"{what}, as data.source is {data.source}")
     ids = tokenizer_ids(data.tokenizer)

@@ -7,7 +7,6 @@ from pathlib import Path
 import yaml
 
 from maxsep.config import ConfigError
-from maxsep.data import files
 from maxsep.data.matching import matching
 
 _SPLITS = {  # what names of files and folders call them
@@ -17,7 +16,13 @@ _SPLITS = {  # what names of files and folders call them
 }
 
 
-def splits(folder: str, name: str | None) -> dict[str, list[str]]:
+Endings = tuple[str, ...]  # of names of files, as regular expressions; of those in a folder, the first that is there
+
+
+Configs = dict[str, dict[str, list[str]]]  # globs, by the name of a part of the dataset, and by split
+
+
+def splits(folder: str, name: str | None, endings: Endings) -> dict[str, list[str]]:
     """The files of each split: what the folder's README.md says, else by their names.
 
     Args:
@@ -28,21 +33,23 @@ def splits(folder: str, name: str | None) -> dict[str, list[str]]:
     """
     configs = _configs(Path(folder))
     if configs:
-        return _named(folder, name, configs)
+        return _named(folder, name, configs, endings)
     if name is not None:
         takes = f"None, as {folder!r} has no README.md that names parts of it"
         raise ConfigError(f"data.name: got {name!r}; takes {takes}")
-    paths = _of_one_kind(matching(os.path.join(folder, "**")))
+    paths = _of_one_kind(matching(os.path.join(folder, "**")), endings)
     if not paths:
-        takes = "one with .parquet, .jsonl or .txt files (of a dataset saved by `save_to_disk`: `to_parquet`)"
-        raise ConfigError(f"data.path: got {folder!r}, a folder without text; takes {takes}")
+        takes = "one with .parquet, .jsonl or .txt files, or for data.source=tokens .bin or .npy"
+        raise ConfigError(f"data.path: got {folder!r}, a folder without any; takes {takes}")
     return _by_name(folder, paths)
 
 
-def _named(folder: str, name: str | None, configs: dict[str, dict[str, list[str]]]) -> dict[str, list[str]]:
+def _named(
+    folder: str, name: str | None, configs: dict[str, dict[str, list[str]]], endings: Endings
+) -> dict[str, list[str]]:
     found = {}
     for config, patterns in configs.items():
-        its = {split: _matching(folder, globs) for split, globs in patterns.items()}
+        its = {split: _matching(folder, globs, endings) for split, globs in patterns.items()}
         if its := {split: paths for split, paths in its.items() if paths}:
             found[config] = its
     default = next(iter(configs)) if len(configs) == 1 else "default"
@@ -57,7 +64,7 @@ def _globs(patterns: dict[str, list[str]]) -> str:
     return ", ".join(glob for globs in patterns.values() for glob in globs)
 
 
-def _configs(folder: Path) -> dict[str, dict[str, list[str]]]:
+def _configs(folder: Path) -> Configs:
     """The globs of each split of each part that the head of README.md names; the default one is called so.
 
     Its form: https://huggingface.co/docs/hub/datasets-manual-configuration.
@@ -88,16 +95,14 @@ def _configs(folder: Path) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def _matching(folder: str, globs: list[str]) -> list[str]:
-    return sorted({path for glob in globs for path in _of_one_kind(matching(os.path.join(folder, glob)))})
+def _matching(folder: str, globs: list[str], endings: Endings) -> list[str]:
+    return sorted({path for glob in globs for path in _of_one_kind(matching(os.path.join(folder, glob)), endings)})
 
 
-def _of_one_kind(paths: list[str]) -> list[str]:
-    """Those with text: of the first kind that is there, as a README.txt beside parquet files is none of the data."""
-    for kind in (r"parquet", r"jsonl(\.\w+)?|json\.\w+", r"json", r"txt(\.\w+)?"):
-        if found := [p for p in paths if files.ENDINGS.fullmatch(p) and re.search(rf"\.({kind})$", p)]:
-            return found
-    return []
+def _of_one_kind(paths: list[str], endings: Endings) -> list[str]:
+    """Those of the first kind that is there."""
+    found = ([path for path in paths if re.search(f"{ending}$", path)] for ending in endings)
+    return next(filter(None, found), [])
 
 
 def _by_name(folder: str, paths: list[str]) -> dict[str, list[str]]:

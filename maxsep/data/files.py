@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import lzma
 import os
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,27 +15,34 @@ from typing import BinaryIO
 
 from maxsep.config import ConfigError
 
-ENDINGS = re.compile(r".*\.(?:(parquet)|(?:(jsonl?|txt)(?:\.(gz|xz|bz2|zst))?))", re.DOTALL)
 BLOCK = 1 << 20  # bytes read at once
 PIECE = 16 << 20  # bytes, roughly, between the places where a file may be cut
 
 
+# Where a file may be cut: the bytes before, roughly, and the lines, sections, row groups, documents or ids.
+Cuts = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a file finds: its hash, and where it may be cut into pieces (byte, and lines before it)."""
+    """What one reading of a file finds: its hash, and where it may be cut into pieces."""
 
     sha256: str
-    cuts: tuple[tuple[int, int], ...]  # from (0, 0) to (size, lines)
+    cuts: Cuts  # from (0, 0) to the size and all lines
 
 
-def kind(path: str) -> str:
-    """parquet, jsonl or txt."""
-    of_parquet, of_text, _ = ENDINGS.fullmatch(path).groups()
-    return of_parquet or ("txt" if of_text == "txt" else "jsonl")
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a file, from the first of its cuts to the last."""
+
+    path: str
+    cuts: Cuts
 
 
 def compression(path: str) -> str | None:
-    return ENDINGS.fullmatch(path)[3]
+    """gz, xz, bz2, zst, or None."""
+    ending = path.rpartition(".")[2]
+    return ending if ending in ("gz", "xz", "bz2", "zst") else None
 
 
 def state(path: str) -> str:
@@ -91,7 +97,7 @@ def scan(path: str) -> Scan:
     return Scan(digest.hexdigest(), tuple(cuts))
 
 
-def read_pieces(path: str, cuts: tuple[tuple[int, int], ...]) -> Iterator[bytes]:
+def read_pieces(path: str, cuts: Cuts) -> Iterator[bytes]:
     """The bytes between each two cuts that follow one another.
 
     Raises:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from maxsep.config import ConfigError
 from maxsep.data import files, splits
+from maxsep.data.files import Cuts
 from maxsep.data.splits import Document
 
 
-def read(path: str, cuts: tuple[tuple[int, int], ...], key: str) -> Iterator[Document]:
+def read(path: str, cuts: Cuts, key: str) -> Iterator[Document]:
     """The text under `key` of each line between the first cut and the last.
 
     Raises:

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 
 from maxsep.config import ConfigError
 from maxsep.data import splits
+from maxsep.data.files import Cuts
 from maxsep.data.splits import Document
 
 ROWS = 256  # decoded at once
 BUFFER = 1 << 20  # bytes read ahead of a column
 
 
-def cuts(path: str) -> tuple[tuple[int, int], ...]:
+def cuts(path: str) -> Cuts:
     """Where the file may be cut: bytes of text, roughly, and row groups that come before.
 
     Raises:

@@ -84,7 +84,7 @@ class Preparation:
             takes = f"{data.tokenizer}:E, with the id E that ends a text, which separates documents"
             raise ConfigError(f"data.tokenizer: got {data.tokenizer}; takes {takes}")
         self.cache = cache.root(data.cache)
-        self.source = sources.find(data, self.cache)
+        self.source = sources.find(data, self.tokenizer, self.cache)
 
     def open_or_prepare(self, workers: int, progress: Callable[[str], None], limit: float) -> Corpus:
         """The corpus, prepared if it is missing, damaged, and has at most about `limit` tokens."""

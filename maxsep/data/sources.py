@@ -14,14 +14,17 @@ from pathlib import Path
 
 from maxsep.config import DataConfig
 from maxsep.data import tfds_source
+from maxsep.data.base_tokenizer import Tokenizer
 from maxsep.data.files_source import FilesSource
+from maxsep.data.text_files import TextFiles
 from maxsep.data.tfds_source import DocstringsSource, TfdsSource
+from maxsep.data.token_files import TokenFiles
 
 Source = DocstringsSource | TfdsSource | FilesSource
 
 
-def find(data: DataConfig, cache_folder: Path) -> Source:
-    """The source that the config names.
+def find(data: DataConfig, tokenizer: Tokenizer, cache_folder: Path) -> Source:
+    """The source that the config names; `tokenizer` tells what ids are.
 
     Raises:
         ConfigError: nothing is there.
@@ -30,4 +33,8 @@ def find(data: DataConfig, cache_folder: Path) -> Source:
         return DocstringsSource(cache_folder)
     if data.source == "tfds":
         return tfds_source.find(data.path, data.name)
-    return FilesSource(data.path, data.name, data.text_column, cache_folder)
+    if data.source == "tokens":
+        formats = TokenFiles(data.tokenizer, tokenizer.vocab_size, tokenizer.end_of_text)
+    else:
+        formats = TextFiles(data.text_column)
+    return FilesSource(data.path, data.name, formats, cache_folder)

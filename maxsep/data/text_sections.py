@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from maxsep.config import ConfigError
 from maxsep.data import files, splits
+from maxsep.data.files import Cuts
 from maxsep.data.splits import Document
 
 SECTION = 8192  # bytes; a section ends with the line in which its last byte is
@@ -17,7 +18,7 @@ LINE = 4096  # bytes in which that line must end; if it does not, the section en
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-def cuts(size: int) -> tuple[tuple[int, int], ...]:
+def cuts(size: int) -> Cuts:
     """Where a file of `size` bytes may be cut: about so many bytes, and sections, come before."""
     starts = range(0, size, max(SECTION, files.PIECE // SECTION * SECTION))
     return (*((start, start // SECTION) for start in starts), (size, -(-size // SECTION)))

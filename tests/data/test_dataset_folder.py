@@ -9,7 +9,12 @@ import pytest
 from corpora import ensure
 
 from maxsep.config import ConfigError
-from maxsep.data.dataset_folder import splits
+from maxsep.data import dataset_folder
+from maxsep.data.text_files import TextFiles
+
+
+def splits(folder, name):
+    return dataset_folder.splits(folder, name, TextFiles.endings)
 
 
 def put(folder, *names, readme=None):
@@ -116,7 +121,7 @@ def test_a_head_that_is_none_of_a_dataset_is_named(tmp_path, head):
 
 @pytest.mark.parametrize("names", [[], ["data-00000-of-00001.arrow", "state.arrow"], ["a.csv"]])
 def test_a_folder_without_text_is_refused(tmp_path, names):
-    with pytest.raises(ConfigError, match=r"^data\.path: got '.*', a folder without text; takes one with .parquet"):
+    with pytest.raises(ConfigError, match=r"^data\.path: got '.*', a folder without any; takes one with .parquet"):
         splits(str(put(tmp_path, *names)), None)
     with pytest.raises(ConfigError, match=r"^data\.name: got 'en'; takes None, as '.*' has no README\.md that names"):
         splits(str(tmp_path), "en")

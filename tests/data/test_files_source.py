@@ -11,6 +11,7 @@ from corpora import ensure, read
 from maxsep.config import ConfigError
 from maxsep.data import files
 from maxsep.data.files_source import FilesSource
+from maxsep.data.text_files import TextFiles
 
 COMPRESS = {
     "": bytes,
@@ -32,7 +33,7 @@ def jsonl(texts):
 
 
 def find(tmp_path, pattern="*", column="text", name=None):
-    return FilesSource(str(tmp_path / pattern), name, column, tmp_path / "cache")
+    return FilesSource(str(tmp_path / pattern), name, TextFiles(column), tmp_path / "cache")
 
 
 def words(count):

@@ -10,6 +10,7 @@ from corpora import ensure, read, run
 from maxsep.config import ConfigError
 from maxsep.data import files, parquet
 from maxsep.data.files_source import FilesSource
+from maxsep.data.text_files import TextFiles
 
 TEXTS = [f"document {i}, ä€😀 " * (i % 9 + 1) for i in range(120)]
 TYPES = {
@@ -27,7 +28,7 @@ def table(texts, kind="string", column="text"):
 
 
 def find(tmp_path, pattern="*.parquet", column="text"):
-    return FilesSource(str(tmp_path / pattern), None, column, tmp_path / "cache")
+    return FilesSource(str(tmp_path / pattern), None, TextFiles(column), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", TYPES)
