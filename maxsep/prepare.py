@@ -17,7 +17,8 @@ from absl import flags
 from maxsep.cluster import process
 from maxsep.cluster.signals import stopping
 from maxsep.config import cli, paths
-from maxsep.data.preparation import Preparation
+from maxsep.data import preparation
+from maxsep.data.records import Corpus
 from maxsep.output.durable import write_asked
 from maxsep.output.ticker import Ticker
 
@@ -50,20 +51,31 @@ def main(args: cli.Args) -> None:
     for number in stopping():
         signal.signal(number, interrupt)
     try:
-        preparation = Preparation(args.config, console.line)
-        corpus = preparation.open_or_prepare(args.flags.workers or os.cpu_count(), progress, float("inf"))
+        workers = args.flags.workers or os.cpu_count()
+        mixture = preparation.mixed(
+            args.config, console.line, lambda one: one.open_or_prepare(workers, progress, float("inf"))
+        )
     except KeyboardInterrupt:
         raise cli.Exit(cli.STOPPED, "interrupted; the same command resumes from here") from None
     seconds = time.monotonic() - started
-    console.line(f"{corpus.source}: prepared in {corpus.folder} ({seconds:.1f} s)")
-    figures = {"folder": str(corpus.folder), "fingerprint": corpus.fingerprint, "seconds": seconds}
-    for name, split in (("train", corpus.train), ("eval", corpus.eval)):
-        figures[name] = {"tokens": split.targets + 1, "documents": split.documents, "records": len(split)}
-        print(f"{name:<6}" + "".join(f"{count:>16,} {what}" for what, count in figures[name].items()))
-    figures["unigram_entropy"] = corpus.unigram_entropy
-    print(f"unigram cross-entropy of the held-out tokens: {corpus.unigram_entropy:.4f} nats")
+    figures = {}
+    for name, corpus in mixture.corpora.items():
+        console.line(f"{corpus.source}: prepared in {corpus.folder} ({seconds:.1f} s)")
+        figures[name] = show(f"{name} " if mixture.named else "", corpus)
+    figures = figures if mixture.named else figures.popitem()[1]
+    figures |= {"fingerprint": mixture.fingerprint, "seconds": seconds}
     if args.flags.json:
         write_asked("--json", args.flags.json, json.dumps(figures) + "\n")
+
+
+def show(name: str, corpus: Corpus) -> dict:
+    """Prints a corpus's figures, which are returned."""
+    figures = {"folder": str(corpus.folder)}
+    for split, records in (("train", corpus.train), ("eval", corpus.eval)):
+        figures[split] = {"tokens": records.targets + 1, "documents": records.documents, "records": len(records)}
+        print(f"{name}{split:<6}" + "".join(f"{count:>16,} {what}" for what, count in figures[split].items()))
+    print(f"{name}unigram cross-entropy of the held-out tokens: {corpus.unigram_entropy:.4f} nats")
+    return figures | {"unigram_entropy": corpus.unigram_entropy}
 
 
 if __name__ == "__main__":

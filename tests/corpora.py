@@ -16,7 +16,10 @@ def config(text, folder, vocab=50304, **data):
 
 
 def ensure(text, folder, log=None, **data):
-    return preparation.ensure(config(text, folder, **data), (log if log is not None else []).append)
+    """The one prepared corpus."""
+    mixture = preparation.ensure(config(text, folder, **data), (log if log is not None else []).append)
+    (corpus,) = mixture.corpora.values()
+    return corpus
 
 
 def read(source, train=None, held_out=None, most=None):

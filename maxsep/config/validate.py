@@ -115,7 +115,11 @@ def _optimizer(config: Config) -> None:
 def _data(config: Config) -> None:
     data = config.data
     _at_least(config, 1, "data.sequence_length", "data.max_tokens", "data.eval_max_tokens")
-    if data.source == "docstrings":
+    if data.mixture:
+        for path, default in (("data.source", "docstrings"), ("data.path", None), ("data.name", None)):
+            value = attrgetter(path)(config)
+            _need(value == default, path, value, f"{default}, as data.mixture names the sources")
+    elif data.source == "docstrings":
         for path in ("data.path", "data.name"):
             value = attrgetter(path)(config)
             _need(value is None, path, value, "None where data.source is docstrings; other text: tfds, files, tokens")

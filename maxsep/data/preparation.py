@@ -4,6 +4,7 @@ What is finished is kept when it is interrupted; the next attempt goes on from t
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -19,8 +20,10 @@ import numpy as np
 from maxsep.cluster.job import ALONE, Job
 from maxsep.config import Config, ConfigError, cli
 from maxsep.config.checksum import checksum
+from maxsep.config.mixture import ratio
 from maxsep.data import cache, packing, sources, splits, tokenizer
 from maxsep.data.base_tokenizer import NO_END
+from maxsep.data.mixture import Mixture
 from maxsep.data.records import FORMAT, Corpus, Damaged
 from maxsep.data.splits import BYTES_A_TOKEN, Sides
 from maxsep.output.durable import write_json
@@ -32,22 +35,26 @@ HASH_RATE = 500_000_000  # bytes/s that are read for a file's hash, roughly
 MOST_UNKNOWN = 0.5  # share of a text that its tokenizer may lack
 
 
-def ensure(config: Config, log: Callable[[str], None], job: Job = ALONE) -> Corpus:
-    """The config's corpus: opened where it is prepared, else prepared now if it is small.
+def ensure(config: Config, log: Callable[[str], None], job: Job = ALONE) -> Mixture:
+    """The config's corpus or corpora: opened where they are prepared, else prepared now if they are small.
 
-    Of several processes the first prepares it; then each opens it, or prepares it where its cache is on another disk.
+    Of several processes the first prepares them; then each opens them, or prepares them where its cache is on another
+    disk.
 
     Raises:
         ConfigError: data that is not there or cannot be read, or so much that it has to be prepared ahead, or is not
             the same in all processes.
     """
     job.at("preparing data")
-    preparation = Preparation(config, log)
-    corpus = preparation.open_or_prepare(1, seldom(log, 5), LARGE) if job.first else None
+
+    def opened() -> Mixture:
+        return mixed(config, log, lambda one: one.open_or_prepare(1, seldom(log, 5), LARGE))
+
+    corpus = opened() if job.first else None
     if job.count > 1:
         with told_later(f"process {job.index} waits for process 0, which prepares the data", unless=job.first):
             job.agree(None)
-        corpus = corpus or preparation.open_or_prepare(1, seldom(log, 5), LARGE)
+        corpus = corpus or opened()
         found = job.agree(corpus.fingerprint)
         for member, fingerprint in zip(job.members, found, strict=True):
             if fingerprint != found[0]:
@@ -57,16 +64,37 @@ def ensure(config: Config, log: Callable[[str], None], job: Job = ALONE) -> Corp
     return corpus
 
 
+def mixed(config: Config, log: Callable[[str], None], prepared: Callable[["Preparation"], Corpus]) -> Mixture:
+    """What `prepared` makes of each source of the config.
+
+    Raises:
+        ConfigError: with the name of the source, where there are several.
+    """
+    if config.data.mixture is None:
+        return Mixture({config.data.source: prepared(Preparation(config, log))}, (1,), named=False)
+    corpora = {}
+    for share in config.data.mixture:
+        own = dataclasses.replace(config.data, mixture=None, source=share.source, path=share.path)
+        try:
+            corpora[share.name] = prepared(Preparation(dataclasses.replace(config, data=own), log))
+        except ConfigError as error:
+            raise ConfigError(f"data.mixture: {share.name}: {error}") from error
+    return Mixture(corpora, tuple(ratio(config.data.mixture)), named=True)
+
+
 def check(config: Config) -> str:
     """Opens what the config names as data and tokenizer; reads no text. Returns the tokenizer's fingerprint.
 
     Raises:
         ConfigError: one of them is not there, or of no known kind.
     """
-    preparation = Preparation(config, lambda line: None)
-    if config.data.split or config.data.eval_split:
-        preparation.sides()
-    return preparation.tokenizer.fingerprint
+
+    def checked(preparation: Preparation) -> None:
+        if config.data.split or config.data.eval_split:
+            preparation.sides()
+
+    mixed(config, lambda line: None, checked)
+    return tokenizer.of(config).fingerprint
 
 
 class Preparation:

@@ -76,6 +76,10 @@ def line(row: Mapping, steps: int) -> str:
             parts.append(f"{label} {shown(row[key])}")
         elif key in row and key != "mfu":  # which is None on unknown devices; else None was not finite
             parts.append(f"{label} nan")
+    if losses := row.get("losses"):
+        parts.append(", ".join(f"{name} {'nan' if loss is None else f'{loss:.4f}'}" for name, loss in losses.items()))
+    if len(epochs := row.get("epochs", {})) > 1:
+        parts.append("epochs " + ", ".join(f"{name} {epoch:.2f}" for name, epoch in epochs.items()))
     return "  ".join(parts)
 
 

@@ -108,9 +108,12 @@ class MetricsWriter:
             The row.
         """
         row = finite({"step": step, "split": split, **values})
-        scalars = {
-            f"{split}/{name}": value for name, value in values.items() if name not in ("layers", "expert_shares")
-        }
+        scalars = {}
+        for name, value in values.items():
+            if isinstance(value, dict) and name != "layers":  # a figure by source
+                scalars |= {f"{split}/{name}/{source}": figure for source, figure in value.items()}
+            elif name not in ("layers", "expert_shares"):
+                scalars[f"{split}/{name}"] = value
         for name, per_layer in values.get("layers", {}).items():
             scalars |= {f"{split}_layers/{name}/{layer}": value for layer, value in enumerate(per_layer)}
         shown = {tag: value for tag, value in scalars.items() if value is not None and math.isfinite(value)}

@@ -13,7 +13,7 @@ from maxsep.cluster.job import Job
 from maxsep.cluster.signals import Stop
 from maxsep.config import cli
 from maxsep.data.feed import to_mesh
-from maxsep.data.records import Corpus
+from maxsep.data.mixture import Mixture
 from maxsep.output import console
 from maxsep.output.checkpoint import ALIKE_SECONDS, Checkpoints, NotFinite, SaveError
 from maxsep.output.metrics import MetricsWriter
@@ -51,7 +51,7 @@ class Loop:
     def __init__(
         self,
         run: Run,
-        corpus: Corpus,
+        corpus: Mixture,
         folder: Path,
         checkpoints: Checkpoints,
         writer: MetricsWriter | None,
@@ -65,7 +65,7 @@ class Loop:
         self.write_config, self.saved, self.saved_written = write_config, saved, saved
         self.stop = Stop()
         self.asked: str | None = None  # the signal that some process got, once all know of it
-        self.pending: tuple[int, dict] | None = None  # a step whose metrics are still on the devices
+        self.pending: tuple[Position, dict] | None = None  # after a step whose metrics are still on the devices
         self.seconds: list[float] = []  # of each step since the last row
         self.skipped = 0  # non-finite steps in a row, as far as is known
         self.not_finite: str | None = None  # what was found of the state, when it was to be saved
@@ -186,7 +186,7 @@ class Loop:
                     break
                 step = at.step + 1
                 at = dataclasses.replace(at, step=step, records=at.records + settings.batch_size)
-                self.pending = (step, device_metrics)
+                self.pending = (at, device_metrics)
                 stopping = self.stopping()
                 last = stopping or step == settings.steps
                 evaluate = step == settings.steps or (_due(settings.eval_every, step) and not stopping)
@@ -222,8 +222,8 @@ class Loop:
         """Waits for the pending step and logs it where a row is due, or asked for with `row`."""
         if self.pending is None:
             return
-        step, device_metrics = self.pending
-        self.pending = None
+        at, device_metrics = self.pending
+        self.pending, step = None, at.step
         with self.job.waiting():
             self.skipped = int(jax.device_get(device_metrics["skipped"])[1])
         self.job.at("training", step)
@@ -236,6 +236,7 @@ class Loop:
             seconds, last = statistics.fmean(self.seconds), step == self.settings.steps
             values = self.run.figures(device_metrics, seconds, self.peak, shares=last)
             values["rollbacks"] = self.rollbacks
+            values["epochs"] = self.corpus.epochs(at.records)
             self.seconds.clear()
             self.log(step, "train", values)
         self.progress.step(step)
@@ -244,7 +245,7 @@ class Loop:
         """Logs the held-out loss, which the step's checkpoint keeps too, unless a signal cuts the evaluation off."""
         if not self.compiled_eval:  # which needs memory of its own: a save under way is brought home first
             self.wait_for_save(step)
-        self.progress.print(f"evaluating on {self.corpus.eval.targets:,} held-out tokens …")
+        self.progress.print(f"evaluating on {self.corpus.held_out:,} held-out tokens …")
         self.job.at("evaluating" if self.compiled_eval else "compiling", step)
 
         def after_batch() -> bool:

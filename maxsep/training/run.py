@@ -17,7 +17,8 @@ from maxsep.config.matrices import parameters
 from maxsep.config.stored import read_config
 from maxsep.data.feed import host_rows, to_mesh
 from maxsep.data.loader import eval_batches, train_batches
-from maxsep.data.records import Corpus
+from maxsep.data.mixture import Mixture
+from maxsep.data.records import Records
 from maxsep.measure import flops, memory
 from maxsep.model import experts
 from maxsep.model.parameters import jitted_init
@@ -116,23 +117,41 @@ class Run:
             found = checkpoints.restore_model(wanted, cast=True)
             return jax.jit(self.program.fresh)(**found.state)
 
-    def train_batches(self, corpus: Corpus, position: int):
+    def train_batches(self, corpus: Mixture, position: int):
         """This host's part of the batches from `position` on; `to_mesh` makes them global."""
         train, rows = self.config.train, host_rows(self.batch_shape, self.batch_sharding)
-        return train_batches(corpus.train, train.batch_size, train.seed, position, rows)
+        return train_batches(corpus, train.batch_size, train.seed, position, rows)
 
     def evaluate(
         self,
         variables: dict[str, dict],
-        corpus: Corpus,
+        corpus: Mixture,
         stop: Callable[[], bool] = lambda: False,
         waiting: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> dict[str, float] | None:
+    ) -> dict | None:
         """Held-out loss, nats per token, every token counted once; its perplexity; the seconds it took.
 
-        None where `stop`, asked after each batch, says to give up. While devices are waited for, `waiting` is entered.
+        Of a mixture also `losses`, of each source. None where `stop`, asked after each batch, says to give up. While
+        devices are waited for, `waiting` is entered.
         """
-        start = time.monotonic()
+        start, found = time.monotonic(), {}
+        for name, one in corpus.corpora.items():
+            found[name] = self._cross_entropy(variables, one.eval, stop, waiting)
+            if found[name] is None:
+                return None
+        loss = sum(found.values()) / corpus.held_out
+        losses = {name: total / corpus.corpora[name].eval.targets for name, total in found.items()}
+        scores = {"loss": loss, "perplexity": metrics.perplexity(loss), "seconds": time.monotonic() - start}
+        return scores | ({"losses": losses} if corpus.named else {})
+
+    def _cross_entropy(
+        self,
+        variables: dict[str, dict],
+        records: Records,
+        stop: Callable[[], bool],
+        waiting: Callable[[], AbstractContextManager],
+    ) -> float | None:
+        """The sum over all targets of the records; None where `stop` says so."""
         rows = host_rows(self.eval_shape, self.batch_sharding)
         cross_entropy, targets = 0.0, 0
         under_way: deque[Evaluation] = deque()
@@ -145,7 +164,7 @@ class Run:
 
         # Unlike train steps these do not wait for each other: with many at a time simulated devices hang.
         most = 1 if self.program.layout.platform == "cpu" else UNDER_WAY
-        with closing(eval_batches(corpus.eval, math.prod(self.eval_shape[:2]), rows)) as batches:
+        with closing(eval_batches(records, math.prod(self.eval_shape[:2]), rows)) as batches:
             for batch in to_mesh(batches, self.eval_shape, self.batch_sharding):
                 under_way.append(self.eval_step(variables, batch))
                 if len(under_way) == most:
@@ -154,9 +173,8 @@ class Run:
                     return None
         while under_way:
             fetch()
-        assert targets == corpus.eval.targets, "a held-out token was counted twice or not at all"
-        loss = cross_entropy / targets
-        return {"loss": loss, "perplexity": metrics.perplexity(loss), "seconds": time.monotonic() - start}
+        assert targets == records.targets, "a held-out token was counted twice or not at all"
+        return cross_entropy
 
     def figures(self, device_metrics: dict, seconds: float, peak: float | None, shares: bool = False) -> dict:
         """A row of `metrics.jsonl` from what the train step returned and the seconds it took.

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from maxsep.config import cli, paths
 from maxsep.config.matrices import parameters
+from maxsep.data.mixture import Mixture
 from maxsep.data.records import Corpus
 from maxsep.output import console, metrics
 from maxsep.output.durable import write_json
 from maxsep.training.run import Run
 
 
-def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> None:
+def finish(run: Run, corpus: Mixture, folder: Path, seconds: float | None) -> None:
     """Writes `summary.json` from the run's rows, and prints it.
 
     `seconds` is what this start of the run took; None: it found all steps done, and a summary stays as it is.
@@ -34,7 +35,7 @@ def finish(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> Non
         console.table(
             f"result after step {summary['steps']}",
             {
-                **held_out(_number(summary["eval_loss"]), corpus),
+                **held_out(_number(summary["eval_loss"]), summary.get("eval_losses") or {}, corpus),
                 "train loss": f"{_number(summary['train_loss']):.4f} nats/token",
                 "speed": f"{tokens:,.0f} tokens/s, {seconds:.3f} s per step, MFU {mfu}",
                 "time": f"{_number(summary['seconds']):.0f} s",
@@ -57,7 +58,7 @@ def _before(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def summarise(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> dict:
+def summarise(run: Run, corpus: Mixture, folder: Path, seconds: float | None) -> dict:
     """What `summary.json` holds: docs/metrics.md."""
     rows = metrics.read_rows(folder / "metrics.jsonl")
     trained = [row for row in rows if row["split"] == "train"]
@@ -74,7 +75,8 @@ def summarise(run: Run, corpus: Corpus, folder: Path, seconds: float | None) -> 
         "train_loss": trained[-1]["loss"],
         "eval_loss": evaluated[-1]["loss"],
         "eval_perplexity": evaluated[-1]["perplexity"],
-        "eval_tokens": corpus.eval.targets,
+        **({"eval_losses": evaluated[-1]["losses"]} if corpus.named else {}),
+        "eval_tokens": corpus.held_out,
         "unigram_entropy": corpus.unigram_entropy,
         **{name: median(name) for name in ("tokens_per_second", "step_seconds", "mfu")},
         "seconds": seconds,
@@ -90,12 +92,21 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value  # JSON has no word for what is not finite
 
 
-def held_out(loss: float, corpus: Corpus) -> dict[str, str]:
-    """The held-out loss beside the corpus's unigram cross-entropy, for the console."""
+def held_out(loss: float, losses: dict[str, float | None], corpus: Mixture) -> dict[str, str]:
+    """The held-out loss, and `losses` of a mixture's sources, beside the unigram cross-entropy, for the console."""
     gain = corpus.unigram_entropy - loss
     compared = f"{abs(gain):.2f} {'better' if gain >= 0 else 'worse'}"
     return {
         "held-out loss": f"{loss:.4f} nats/token (perplexity {metrics.perplexity(loss):,.1f}) "
-        f"over {corpus.eval.targets:,} tokens",
+        f"over {corpus.held_out:,} tokens",
         "unigram": f"{corpus.unigram_entropy:.4f} nats/token on the same tokens: the model is {compared}",
+        **{
+            f"  {name}": _of_source(_number(losses.get(name)), one)
+            for name, one in corpus.corpora.items()
+            if corpus.named
+        },
     }
+
+
+def _of_source(loss: float, corpus: Corpus) -> str:
+    return f"{loss:.4f} over {corpus.eval.targets:,} tokens (unigram {corpus.unigram_entropy:.4f})"

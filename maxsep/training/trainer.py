@@ -45,7 +45,7 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
     with jax.set_mesh(mesh), console.surviving(), ExitStack() as stack:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
         seconds = save_seconds(run.state_bytes, job)
-        about = {"corpus": corpus.description}
+        about = corpus.described
         if job.count > 1:
             about["watchdog"] = f"{job.watchdog:g} s per step or batch of an evaluation, {seconds:.0f} s per save"
         console.say(console.table(f"maxsep: {config.name}", run.described() | about))
@@ -133,8 +133,8 @@ def evaluate(config: Config, folder: Path, job: Job = ALONE) -> None:
     workdir.check_resume(folder, config, corpus.fingerprint, workdir.EVALUATION_MAY_CHANGE)
     with jax.set_mesh(make_mesh(config)), Checkpoints(folder / workdir.CHECKPOINTS, True, job) as checkpoints:
         run = Run(config, corpus.tokenizer.end_of_text, corpus.tokenizer.vocab_size)
-        console.say(console.table(f"maxsep: {config.name}", run.described() | {"corpus": corpus.description}))
+        console.say(console.table(f"maxsep: {config.name}", run.described() | corpus.described))
         variables, _, step = checkpoints.restore_model(run.abstract_state.variables)
         job.at("compiling")
         scores = run.evaluate(variables, corpus, lambda: job.at("evaluating"), job.waiting)
-    console.say(console.table(f"step {step}", summary.held_out(scores["loss"], corpus)))
+    console.say(console.table(f"step {step}", summary.held_out(scores["loss"], scores.get("losses", {}), corpus)))

@@ -274,7 +274,7 @@ def test_a_model_with_too_few_ids_is_refused(files, tmp_path):
 def test_the_default_corpus(tmp_path):
     """Of all of this environment's packages."""
     made = Config(data=DataConfig(tokenizer="gpt2:8192", sequence_length=128, cache=str(tmp_path)))
-    corpus = preparation.ensure(made, lambda line: None)
+    corpus = preparation.ensure(made, lambda line: None).corpora["docstrings"]
     assert corpus.eval.targets > 100_000 and corpus.train.targets > 1_000_000
     assert 6 < corpus.unigram_entropy < 7.5
 
@@ -284,7 +284,7 @@ def test_the_default_corpus_is_opened_without_what_built_it(tmp_path, monkeypatc
     one, log = {"optax": "optax"}, []
     monkeypatch.setattr(docstrings, "PACKAGES", one)
     made = Config(data=DataConfig(tokenizer="gpt2:8192", sequence_length=128, cache=str(tmp_path)))
-    corpus = preparation.ensure(made, log.append)
+    corpus = preparation.ensure(made, log.append).corpora["docstrings"]
     assert any(line.strip().startswith("optax") for line in log) and "docstrings" in corpus.description
     heavy = "tensorflow_datasets", "pyarrow", "tokenizers", "grain", "jax"
     code = (

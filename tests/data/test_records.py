@@ -1,13 +1,11 @@
-"""Packing, the records on disk, and the batches made of them."""
+"""Packing, and the records on disk."""
 
 import json
 import math
 import tempfile
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import kill
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from runs import snapshot
 
 from maxsep.config import Config, ConfigError, DataConfig, ModelConfig, cli, faults
-from maxsep.data import files, loader, packing, preparation, records
+from maxsep.data import files, packing, preparation, records
 from maxsep.data.records import Corpus, Damaged
 from maxsep.data.splits import place
 
@@ -33,7 +31,7 @@ def config(folder, texts=None, **data):
 
 
 def ensure(folder, texts=None, **data):
-    return preparation.ensure(config(folder, texts, **data), lambda line: None)
+    return preparation.ensure(config(folder, texts, **data), lambda line: None).corpora["files"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +98,7 @@ def test_ids_of_any_size_are_kept(tmp_path, name, monkeypatch):
     monkeypatch.setattr(packing, "id_dtype", lambda size: np.dtype(np.uint32))
     monkeypatch.setattr(records, "id_dtype", lambda size: np.dtype(np.uint32))
     made = config(tmp_path, [f"{i} hello world, said the tokenizer" for i in range(9)], tokenizer=name)
-    corpus = preparation.ensure(Config(data=made.data, model=ModelConfig(vocab_size=50257)), print)
+    corpus = preparation.ensure(Config(data=made.data, model=ModelConfig(vocab_size=50257)), print).corpora["files"]
     assert corpus.tokenizer.decode(stream(corpus.eval)).endswith(" hello world, said the tokenizer" + END)
 
 
@@ -126,7 +124,7 @@ def test_a_damaged_corpus_is_never_silently_shorter(tmp_path, how):
     with pytest.raises(Damaged, match="is damaged"):
         Corpus(corpus.folder, corpus.tokenizer, corpus.source)
     log = []
-    again = preparation.ensure(config(tmp_path), log.append)
+    again = preparation.ensure(config(tmp_path), log.append).corpora["files"]
     assert stream(again.train) == whole and again.fingerprint == corpus.fingerprint
     assert "is damaged" in log[0]
 
@@ -212,74 +210,3 @@ def test_a_record_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch, error,
         ensure(tmp_path)
     assert cli.outcome(caught.value)[0] == status
     assert snapshot(corpus.folder) == before, "what cannot be read is not removed"
-
-
-def take(batches, count):
-    taken = [next(batches) for _ in range(count)]
-    batches.close()
-    return np.stack(taken)
-
-
-def all_records(split):
-    return np.stack([split[i] for i in range(len(split))])
-
-
-ROWS = np.arange(4)
-
-
-def test_an_epoch_has_every_record_once(corpus):
-    count = len(corpus.train)
-    assert count > 20
-    taken = take(loader.train_batches(corpus.train, 4, 7, 0, ROWS), count)  # four epochs
-    epochs = taken.reshape(4, count, -1)
-    expected = sorted(map(tuple, all_records(corpus.train)))
-    for epoch in epochs:
-        assert sorted(map(tuple, epoch)) == expected
-    assert len({epoch.tobytes() for epoch in epochs}) == 4
-    assert not (epochs[0] == all_records(corpus.train)).all()
-
-
-def test_another_seed_is_another_order_in_every_epoch(corpus):
-    count = len(corpus.train)
-    orders = [take(loader.train_batches(corpus.train, count, seed, 0, np.arange(count)), 3) for seed in (0, 1, 2)]
-    assert len({epoch.tobytes() for order in orders for epoch in order}) == 9
-
-
-@pytest.mark.parametrize("hosts", [[[0, 1], [2, 3]], [[3], [0, 2], [1]], [[0, 1, 2, 3], []]])
-def test_hosts_share_a_batch(corpus, hosts):
-    whole = take(loader.train_batches(corpus.train, 4, 3, 0, ROWS), 30)
-    for rows in hosts:
-        part = take(loader.train_batches(corpus.train, 4, 3, 0, np.array(rows, int)), 30)
-        assert part.dtype == np.int32 and (part == whole[:, rows]).all()
-
-
-@pytest.mark.parametrize("position", [0, 4, 44, 1000])
-def test_a_run_goes_on_where_it_stopped(corpus, position):
-    whole = take(loader.train_batches(corpus.train, 4, 3, 0, ROWS), position // 4 + 5)
-    rest = take(loader.train_batches(corpus.train, 4, 3, position, ROWS), 5)
-    assert (rest == whole[position // 4 :]).all()
-
-
-def test_another_batch_size_goes_on_with_the_same_records(corpus):
-    fours = take(loader.train_batches(corpus.train, 4, 3, 0, ROWS), 12).reshape(48, -1)
-    twos = take(loader.train_batches(corpus.train, 2, 3, 24, ROWS[:2]), 12).reshape(24, -1)
-    assert (fours[24:] == twos).all()
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
-def test_evaluation_sees_every_record_once(corpus, batch_size):
-    batches = np.concatenate(list(loader.eval_batches(corpus.eval, batch_size, np.arange(batch_size))))
-    count = len(corpus.eval)
-    assert (batches[:count] == all_records(corpus.eval)).all() and (batches[count:] == -1).all()
-    assert len(batches) % batch_size == 0 and len(batches) - count < batch_size
-    assert (batches[:, 1:] >= 0).sum() == corpus.eval.targets
-
-
-def test_closing_stops_the_thread(corpus):
-    before = set(threading.enumerate())
-    batches = loader.train_batches(corpus.train, 4, 0, 0, ROWS)
-    next(batches)
-    (thread,) = (one for one in set(threading.enumerate()) - before if one.name.startswith("grain-prefetch"))
-    batches.close()
-    thread.join(kill.LIMIT)
-    assert not thread.is_alive()

@@ -64,7 +64,7 @@ def test_the_newest_run_is_taken_and_a_full_context_ends_a_text(finished_run, tm
 
 def held_out(run) -> list[list[int]]:
     """The records that a run is evaluated on."""
-    corpus = preparation.ensure(read_config(run)[0], lambda text: None)
+    corpus = preparation.ensure(read_config(run)[0], lambda text: None).corpora["files"]
     records = map(corpus.eval.__getitem__, range(len(corpus.eval)))
     return [[int(token) for token in record if token >= 0] for record in records]
 

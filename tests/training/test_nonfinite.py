@@ -23,7 +23,7 @@ def batches(data):
     config = cli.parse(argv, lambda values: None, "configs/base.py").config
     corpus = preparation.ensure(config, lambda line: None)
     found = []
-    for rows in loader.train_batches(corpus.train, BATCH, config.train.seed, 0, range(BATCH)):
+    for rows in loader.train_batches(corpus, BATCH, config.train.seed, 0, range(BATCH)):
         found.append(int(np.sum(rows)))
         if len(found) == 16:
             break

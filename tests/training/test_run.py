@@ -110,7 +110,9 @@ def test_a_wrong_kernel_ends_the_run_with_its_name(monkeypatch):
 @pytest.mark.parametrize(("platform", "most"), [("cpu", 1), ("gpu", 4)])
 def test_an_evaluation_counts_exactly_with_some_batches_under_way(monkeypatch, platform, most):
     targets, batches = 2**25 + 1, 6  # no float32
-    corpus = SimpleNamespace(eval=SimpleNamespace(targets=batches * targets))
+    held_out = batches * targets
+    one = SimpleNamespace(eval=SimpleNamespace(targets=held_out))
+    corpus = SimpleNamespace(corpora={"files": one}, held_out=held_out, named=False)
     made, begun, seen = run(platform, **(ON_GPU if platform == "gpu" else {})), [], []
 
     def evaluated(model, batch):
