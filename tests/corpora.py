@@ -1,5 +1,6 @@
 """Small corpora: their text, their config, and preparing them, as a run does or by the command."""
 
+import json
 import os
 
 from maxsep import prepare
@@ -35,6 +36,15 @@ def read(source, train=None, held_out=None, most=None):
                         found[side].append(document.content)
                 begun = side == "train" == sides.of(document.following)
     return list(found.values())
+
+
+def mixed(folder):
+    """The fields of a mixture of three small sources of different kinds, by section__field."""
+    for name, count in (("a", 60), ("b", 40), ("c", 20)):
+        lines = [json.dumps({"text": f"{name} has the text {i * i} {name * (i % 7)}"}) for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    mixture = f"a:0.5:{folder}/a.jsonl,b:0.2:{folder}/b.jsonl,c:0.3:{folder}/c.jsonl"
+    return {"data__source": "docstrings", "data__path": None, "data__mixture": mixture}
 
 
 def run(path, cache, *flags):

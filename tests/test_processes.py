@@ -15,6 +15,7 @@ import time
 import kill
 import processes
 import pytest
+from corpora import mixed
 from runs import SMALL
 
 from maxsep.config import cli
@@ -152,8 +153,8 @@ def signalled(workdir, data, tmp_path, phase, victim):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_processes(workdir, data, call, tmp_path):
-    """Two under another layout and mesh, then one: the curve of one process."""
-    shared = {"train__steps": 6, "train__checkpoint_every": 2, "optimizer__decay_steps": 6}
+    """Two under another layout and mesh, then one: the curve of one process, of a mixture of sources."""
+    shared = {"train__steps": 6, "train__checkpoint_every": 2, "optimizer__decay_steps": 6} | mixed(tmp_path)
     undisturbed = tmp_path / "undisturbed"
     assert call(undisturbed, **shared)[0] == cli.DONE
     other = {"layout": "tp", "mesh__attention": 2, "mesh__expert": 1, "train__steps": 3}

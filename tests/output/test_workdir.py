@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from maxsep.config import Config, ConfigError, cli, fields, from_config_dict
+from maxsep.config.mixture import parse
 from maxsep.config.validate import validate
 from maxsep.output import workdir as folder
 
@@ -31,6 +32,8 @@ def another(field):
         return default + 1
     if isinstance(default, str):
         return default + "x"
+    if field.path == "data.mixture":
+        return parse("web:1:DIR")
     return {int: 7, float: 0.5, str: "x"}[next(t for t in (int, float, str) if field.hint in (t, t | None))]
 
 
