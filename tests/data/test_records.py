@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runs import snapshot
 
 from maxsep.config import Config, ConfigError, DataConfig, ModelConfig, cli, faults
-from maxsep.data import files, packing, preparation, records
+from maxsep.data import files, packing, preparation, records, token_parts
 from maxsep.data.records import Corpus, Damaged
 from maxsep.data.splits import place
 
@@ -40,7 +40,7 @@ def small_units(monkeypatch):
     monkeypatch.setattr(files, "BLOCK", 64)
     monkeypatch.setattr(files, "PIECE", 128)
     monkeypatch.setattr(packing, "SHARD_TOKENS", 64)
-    monkeypatch.setattr(packing, "WRITE_TOKENS", 16)
+    monkeypatch.setattr(token_parts, "WRITE_TOKENS", 16)
 
 
 @pytest.fixture(scope="module")
