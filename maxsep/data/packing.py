@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maxsep.data.base_tokenizer import Tokenizer
 from maxsep.data.records import SHARD_TOKENS, check_shard, id_dtype, write_shard
 from maxsep.data.splits import Sides
 from maxsep.data.token_parts import TokenParts, coder
 from maxsep.output.durable import write_json
 
 PROGRESS = "train-progress.json"
-PIECE_TOKENS = 1 << 20  # of held-out documents at once
+PIECE_TOKENS = 1 << 20  # in memory at once
 
 
 class Packing(NamedTuple):
@@ -69,60 +68,54 @@ def clean(folder: Path) -> None:
 
 def _train(folder: Path, files: TokenParts, how: Packing, workers: int, progress: Callable[[str], None]) -> dict:
     """Packs the training documents in their order. `parts`: how many were read."""
-    encoder = coder(how.tokenizer)
     state_file = folder / PROGRESS
-    start = {"shards": [], "part": 0, "offset": 0, "tokens": 0, "counts": [0] * encoder.vocab_size, "unknown": 0}
-    state = _saved(state_file) or start
-    tokens, first_part, unknown = state["tokens"], state["part"], state["unknown"]
-    counts = np.array(state["counts"], np.int64)
-    shards = _Shards(folder, "train", how, encoder, state["shards"])
-    started, tokens_before, number = time.monotonic(), tokens, first_part - 1
-    last = np.zeros(0, np.int32)
+    state = _saved(state_file) or {"shards": [], "part": 0, "offset": 0, "tokens": 0, "counts": None, "unknown": 0}
+    first_part, unknown = state["part"], state["unknown"]
+    split = _Split(folder, "train", how, state["shards"], state["tokens"], state["counts"])
+    started, tokens_before, number = time.monotonic(), split.tokens, first_part - 1
     training = range(first_part, sum(bool(sides.train) for _, sides in files.parts))
     for number in files.in_order(training, workers):
         # A resumed preparation counts the part it stopped in anew, so the state is that before the part.
-        before = {"part": number, "tokens": tokens, "counts": counts, "unknown": unknown}
-        part = files.train(number)
-        length = len(part)
-        part = part[: None if how.max_tokens is None else how.max_tokens - tokens]
-        unknown += round(files.about(number)["unknown"][0] * len(part) / max(1, length))
-        counts = counts + np.bincount(part if tokens else part[1:], minlength=encoder.vocab_size)
-        tokens += len(part)
-        last = part[-1:] if len(part) else last
-        if shards.add(part[state["offset"] if number == first_part else 0 :]):
-            offset = len(part) - len(shards.stream)
-            before |= {"counts": before["counts"].tolist(), "offset": offset, "shards": shards.written}
-            write_json(state_file, before, indent=None)
+        before = {"part": number, "tokens": split.tokens, "counts": split.counts.tolist(), "unknown": unknown}
+        whole = files.train(number)
+        part = whole[: None if how.max_tokens is None else how.max_tokens - split.tokens]
+        unknown += round(files.about(number)["unknown"][0] * len(part) / max(1, len(whole)))
+        for piece in _pieces(part):
+            split.count(piece)
+        written = [split.add(piece) for piece in _pieces(part[state["offset"] if number == first_part else 0 :])]
+        if any(written):
+            state = before | {"offset": len(part) - len(split.stream), "shards": split.shards}
+            write_json(state_file, state, indent=None)
             files.drop(number)
-        rate = (tokens - tokens_before) / max(time.monotonic() - started, 1e-3)
-        progress(f"  train: {tokens:,} tokens, part {number + 1} of {len(files.parts)}, {rate:,.0f} tokens/s")
-        if tokens == how.max_tokens:
+        rate = (split.tokens - tokens_before) / max(time.monotonic() - started, 1e-3)
+        progress(f"  train: {split.tokens:,} tokens, part {number + 1} of {len(files.parts)}, {rate:,.0f} tokens/s")
+        if split.tokens == how.max_tokens:
             break
-    shards.finish()
-    return _entry(shards, tokens, counts, last, encoder) | {"unknown": unknown, "parts": number + 1}
+    return split.finish() | {"unknown": unknown, "parts": number + 1}
+
+
+def _pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """A part of a large file may have more tokens than fit in memory."""
+    for start in range(0, len(tokens), PIECE_TOKENS):
+        yield tokens[start : start + PIECE_TOKENS]
 
 
 def _held_out(folder: Path, files: TokenParts, found: list[dict], how: Packing) -> dict:
     """Packs the held-out documents from the highest place down, up to `eval_max_tokens`."""
-    encoder = coder(how.tokenizer)
-    shards = _Shards(folder, "eval", how, encoder, [])
+    split = _Split(folder, "eval", how, [], 0, None)
     order = sorted(
         ((place, about["number"], stop - length, stop) for about in found for place, length, stop in about["eval"]),
         key=lambda item: (-item[0], item[1:]),
     )
-    tokens, counts, last = 0, np.zeros(encoder.vocab_size, np.int64), np.zeros(0, np.int32)
     for piece in _joined(files, order):
-        piece = piece[: None if how.eval_max_tokens is None else how.eval_max_tokens - tokens]
-        counts += np.bincount(piece if tokens else piece[1:], minlength=encoder.vocab_size)
-        tokens += len(piece)
-        last = piece[-1:]
-        shards.add(piece)
-        if tokens == how.eval_max_tokens:
+        piece = piece[: None if how.eval_max_tokens is None else how.eval_max_tokens - split.tokens]
+        split.count(piece)
+        split.add(piece)
+        if split.tokens == how.eval_max_tokens:
             break
-    shards.finish()
     unknown = sum(about["unknown"][1] for about in found)
     whole = sum(length for about in found for _, length, _ in about["eval"])
-    return _entry(shards, tokens, counts, last, encoder) | {"unknown": round(unknown * tokens / max(1, whole))}
+    return split.finish() | {"unknown": round(unknown * split.tokens / max(1, whole))}
 
 
 def _joined(files: TokenParts, order: list[tuple]) -> Iterator[np.ndarray]:
@@ -139,21 +132,24 @@ def _joined(files: TokenParts, order: list[tuple]) -> Iterator[np.ndarray]:
         yield np.concatenate(pieces)
 
 
-def _entry(shards: "_Shards", tokens: int, counts: np.ndarray, last: np.ndarray, encoder: Tokenizer) -> dict:
-    ends_inside = bool(len(last)) and last[0] != encoder.end_of_text
-    documents = int(counts[encoder.end_of_text]) + int(ends_inside)
-    return {"shards": shards.written, "tokens": tokens, "documents": documents, "counts": counts}
+class _Split:
+    """A split's stream of tokens, counted and written in shards of records as it comes."""
 
-
-class _Shards:
-    """A split's stream of tokens, written in shards of records as it comes."""
-
-    def __init__(self, folder: Path, split: str, how: Packing, encoder: Tokenizer, written: list[dict]):
-        self._folder, self._split, self._sequence_length = folder, split, how.sequence_length
+    def __init__(self, folder: Path, name: str, how: Packing, shards: list[dict], tokens: int, counts: list | None):
+        encoder = coder(how.tokenizer)
+        self._folder, self._name, self._sequence_length = folder, name, how.sequence_length
         self._length = max(1, SHARD_TOKENS // how.sequence_length) * how.sequence_length
-        self.written = written
+        self.shards, self.tokens = shards, tokens
+        self.counts = np.zeros(encoder.vocab_size, np.int64) if counts is None else np.array(counts, np.int64)
+        self._end, self._last = encoder.end_of_text, encoder.end_of_text
         self.stream = np.zeros(0, id_dtype(encoder.vocab_size))  # that no shard has
         self._waiting, self._waiting_tokens = [], 0  # what comes after it; joined to it once it makes a shard
+
+    def count(self, tokens: np.ndarray) -> None:
+        """Counts what comes next: the first token of all is not predicted."""
+        if len(tokens):
+            self.counts += np.bincount(tokens if self.tokens else tokens[1:], minlength=len(self.counts))
+            self.tokens, self._last = self.tokens + len(tokens), tokens[-1]
 
     def add(self, tokens: np.ndarray) -> bool:
         """Takes what comes next. Whether a shard was written."""
@@ -166,10 +162,13 @@ class _Shards:
             self._write(self._length)
         return True
 
-    def finish(self) -> None:
+    def finish(self) -> dict:
+        """Writes the rest. Returns the split's entry in the manifest, and `counts`."""
         self._join()
         if len(self.stream) > 1:
             self._write(len(self.stream) - 1)
+        documents = int(self.counts[self._end]) + int(self._last != self._end)
+        return {"shards": self.shards, "tokens": self.tokens, "documents": documents, "counts": self.counts}
 
     def _join(self) -> None:
         self.stream = np.concatenate([self.stream, *self._waiting])
@@ -178,9 +177,9 @@ class _Shards:
     def _write(self, length: int) -> None:
         """Writes the first records of the stream, `length` targets of them."""
         starts = range(0, length, self._sequence_length)
-        path = self._folder / f"{self._split}-{len(self.written):05d}.array_record"
+        path = self._folder / f"{self._name}-{len(self.shards):05d}.array_record"
         records = [self.stream[i : min(i + self._sequence_length, length) + 1] for i in starts]
-        self.written.append(write_shard(path, records))
+        self.shards.append(write_shard(path, records))
         self.stream = self.stream[length:]
 
 

@@ -71,10 +71,14 @@ class TokenParts:
         return json.loads(self._paths[number].read_bytes()) | {"number": number}
 
     def train(self, number: int) -> np.ndarray:
-        return np.fromfile(self._paths[number].with_suffix(".train"), self._dtype)
+        return self._mapped(number, ".train")
 
     def held_out(self, number: int) -> np.ndarray:
-        return np.memmap(self._paths[number].with_suffix(".eval"), self._dtype, "r")
+        return self._mapped(number, ".eval")
+
+    def _mapped(self, number: int, ending: str) -> np.ndarray:
+        path = self._paths[number].with_suffix(ending)
+        return np.memmap(path, self._dtype, "r") if path.stat().st_size else np.zeros(0, self._dtype)
 
     def drop(self, stop: int) -> None:
         """Removes the training tokens of the parts before `stop`: they are packed."""
