@@ -91,7 +91,7 @@ def main(folder: str) -> None:
             f"{name}: MaxVio {violations[0]:.2f} at first, {last:.2f} over the last 20 steps; held-out loss {loss:.4f}"
         )
     axes.set(xlabel="step", ylabel="MaxVio", ylim=(0, None))
-    axes.set_title("From a router that sends 60 % of the tokens to one expert of 16", fontsize=11)
+    axes.set_title("From a router that sends most tokens to one expert of 16", fontsize=11)
     axes.legend()
     figure.savefig(ROOT / "docs" / "balance.png", dpi=110)
 
