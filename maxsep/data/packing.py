@@ -16,11 +16,10 @@ import numpy as np
 
 from maxsep.data.records import SHARD_TOKENS, check_shard, id_dtype, write_shard
 from maxsep.data.splits import Sides
-from maxsep.data.token_parts import TokenParts, coder
+from maxsep.data.token_parts import PIECE, TokenParts, coder
 from maxsep.output.durable import write_json
 
 PROGRESS = "train-progress.json"
-PIECE_TOKENS = 1 << 20  # in memory at once
 
 
 class Packing(NamedTuple):
@@ -77,27 +76,23 @@ def _train(folder: Path, files: TokenParts, how: Packing, workers: int, progress
     for number in files.in_order(training, workers):
         # A resumed preparation counts the part it stopped in anew, so the state is that before the part.
         before = {"part": number, "tokens": split.tokens, "counts": split.counts.tolist(), "unknown": unknown}
-        whole = files.train(number)
-        part = whole[: None if how.max_tokens is None else how.max_tokens - split.tokens]
-        unknown += round(files.about(number)["unknown"][0] * len(part) / max(1, len(whole)))
-        for piece in _pieces(part):
+        packed = state["offset"] if number == first_part else 0  # of the part, by the preparation that was cut off
+        length, most = 0, None if how.max_tokens is None else how.max_tokens - split.tokens
+        wrote = False
+        for piece in files.train(number, most):
             split.count(piece)
-        written = [split.add(piece) for piece in _pieces(part[state["offset"] if number == first_part else 0 :])]
-        if any(written):
-            state = before | {"offset": len(part) - len(split.stream), "shards": split.shards}
-            write_json(state_file, state, indent=None)
+            wrote |= split.add(piece[max(0, packed - length) :])
+            length += len(piece)
+        unknown += round(files.about(number)["unknown"][0] * length / max(1, files.length(number)))
+        if wrote:
+            after = {"offset": length - len(split.stream) - split.waiting, "shards": split.shards}
+            write_json(state_file, before | after, indent=None)
             files.drop(number)
         rate = (split.tokens - tokens_before) / max(time.monotonic() - started, 1e-3)
         progress(f"  train: {split.tokens:,} tokens, part {number + 1} of {len(files.parts)}, {rate:,.0f} tokens/s")
         if split.tokens == how.max_tokens:
             break
     return split.finish() | {"unknown": unknown, "parts": number + 1}
-
-
-def _pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """A part of a large file may have more tokens than fit in memory."""
-    for start in range(0, len(tokens), PIECE_TOKENS):
-        yield tokens[start : start + PIECE_TOKENS]
 
 
 def _held_out(folder: Path, files: TokenParts, found: list[dict], how: Packing) -> dict:
@@ -125,7 +120,7 @@ def _joined(files: TokenParts, order: list[tuple]) -> Iterator[np.ndarray]:
     for _, number, start, stop in order:
         pieces.append(held_out(number)[start:stop])
         tokens += stop - start
-        if tokens >= PIECE_TOKENS:
+        if tokens >= PIECE:
             yield np.concatenate(pieces)
             pieces, tokens = [], 0
     if pieces:
@@ -143,7 +138,7 @@ class _Split:
         self.counts = np.zeros(encoder.vocab_size, np.int64) if counts is None else np.array(counts, np.int64)
         self._end, self._last = encoder.end_of_text, encoder.end_of_text
         self.stream = np.zeros(0, id_dtype(encoder.vocab_size))  # that no shard has
-        self._waiting, self._waiting_tokens = [], 0  # what comes after it; joined to it once it makes a shard
+        self._waiting, self.waiting = [], 0  # what comes after it, joined to it once it makes a shard; its tokens
 
     def count(self, tokens: np.ndarray) -> None:
         """Counts what comes next: the first token of all is not predicted."""
@@ -154,8 +149,8 @@ class _Split:
     def add(self, tokens: np.ndarray) -> bool:
         """Takes what comes next. Whether a shard was written."""
         self._waiting.append(tokens)
-        self._waiting_tokens += len(tokens)
-        if len(self.stream) + self._waiting_tokens <= self._length:
+        self.waiting += len(tokens)
+        if len(self.stream) + self.waiting <= self._length:
             return False
         self._join()
         while len(self.stream) > self._length:
@@ -172,7 +167,7 @@ class _Split:
 
     def _join(self) -> None:
         self.stream = np.concatenate([self.stream, *self._waiting])
-        self._waiting, self._waiting_tokens = [], 0
+        self._waiting, self.waiting = [], 0
 
     def _write(self, length: int) -> None:
         """Writes the first records of the stream, `length` targets of them."""
@@ -180,7 +175,7 @@ class _Split:
         path = self._folder / f"{self._name}-{len(self.shards):05d}.array_record"
         records = [self.stream[i : min(i + self._sequence_length, length) + 1] for i in starts]
         self.shards.append(write_shard(path, records))
-        self.stream = self.stream[length:]
+        self.stream = self.stream[length:].copy()  # and not the whole of it
 
 
 def _saved(state_file: Path) -> dict | None:

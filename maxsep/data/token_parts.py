@@ -21,6 +21,7 @@ from maxsep.data.splits import Document, Sides
 from maxsep.output.durable import write_json
 
 WRITE_TOKENS = 1 << 20  # tokens a worker holds before it writes them
+PIECE = 1 << 20  # tokens that are packed at once
 coder = functools.cache(tokenizer.load)
 
 
@@ -70,15 +71,21 @@ class TokenParts:
     def about(self, number: int) -> dict:
         return json.loads(self._paths[number].read_bytes()) | {"number": number}
 
-    def train(self, number: int) -> np.ndarray:
-        return self._mapped(number, ".train")
+    def length(self, number: int) -> int:
+        """Training tokens of the part."""
+        return self._paths[number].with_suffix(".train").stat().st_size // self._dtype.itemsize
+
+    def train(self, number: int, most: int | None) -> Iterator[np.ndarray]:
+        """The part's training tokens, up to `most`, in pieces: those of a large file may not fit in memory."""
+        with open(self._paths[number].with_suffix(".train"), "rb") as file:
+            left = self.length(number) if most is None else most
+            while left and len(piece := np.fromfile(file, self._dtype, min(left, PIECE))):
+                left -= len(piece)
+                yield piece
 
     def held_out(self, number: int) -> np.ndarray:
-        return self._mapped(number, ".eval")
-
-    def _mapped(self, number: int, ending: str) -> np.ndarray:
-        path = self._paths[number].with_suffix(ending)
-        return np.memmap(path, self._dtype, "r") if path.stat().st_size else np.zeros(0, self._dtype)
+        """The part's held-out tokens, of which there are some."""
+        return np.memmap(self._paths[number].with_suffix(".eval"), self._dtype, "r")
 
     def drop(self, stop: int) -> None:
         """Removes the training tokens of the parts before `stop`: they are packed."""

@@ -5,7 +5,7 @@ import json
 import pytest
 from corpora import TEXTS
 
-from maxsep.data import packing
+from maxsep.data import packing, token_parts
 
 
 @pytest.fixture
@@ -21,3 +21,4 @@ def small_units(monkeypatch):
     monkeypatch.setattr("maxsep.data.files.BLOCK", 64)
     monkeypatch.setattr("maxsep.data.files.PIECE", 256)
     monkeypatch.setattr(packing, "SHARD_TOKENS", 1024)
+    monkeypatch.setattr(token_parts, "PIECE", 50)

@@ -41,6 +41,7 @@ def small_units(monkeypatch):
     monkeypatch.setattr(files, "PIECE", 128)
     monkeypatch.setattr(packing, "SHARD_TOKENS", 64)
     monkeypatch.setattr(token_parts, "WRITE_TOKENS", 16)
+    monkeypatch.setattr(token_parts, "PIECE", 50)
 
 
 @pytest.fixture(scope="module")
