@@ -16,7 +16,7 @@ import pytest
 
 from maxsep import ablate, bench, convert, launch, plan, prepare
 from maxsep.config import CHOICES, Config, cli, fields
-from maxsep.config.mixture import Mixture
+from maxsep.config.mixture import Shares
 from maxsep.output.workdir import RESUME_MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ TOOLS = {
     "maxsep.prepare": {"define": prepare.define, "default_config": "configs/tiny.py"},
     "maxsep.bench": {"define": bench.define, "default_config": "configs/bench.py", "commands": ("train", "decode")},
 }
-TYPES = {int: "integer", float: "number", bool: "True, False", str: "text", Mixture: "sources"}
+TYPES = {int: "integer", float: "number", bool: "True, False", str: "text", Shares: "sources"}
 
 INTRODUCTION = """\
 # Config reference

@@ -22,10 +22,10 @@ class Share:
         return ":".join(map(str, (self.name, self.weight, self.source, *([self.path] if self.path else []))))
 
 
-Mixture = tuple[Share, ...]
+Shares = tuple[Share, ...]
 
 
-def parse(value) -> Mixture:
+def parse(value) -> Shares:
     """A mixture, as it is written on a command line, in a config file, or in a run's config.json.
 
     Raises:
@@ -44,9 +44,9 @@ def parse(value) -> Mixture:
     return shares
 
 
-def ratio(mixture: Mixture) -> list[int]:
+def ratio(shares: Shares) -> list[int]:
     """The weights as integers in exactly the ratio of their decimal digits."""
-    exact = [Fraction(repr(share.weight)) for share in mixture]
+    exact = [Fraction(repr(share.weight)) for share in shares]
     scale = math.lcm(*(weight.denominator for weight in exact))
     return [int(weight * scale) for weight in exact]
 

@@ -20,7 +20,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from maxsep.config import mixture
-from maxsep.config.mixture import SOURCES, Mixture
+from maxsep.config.mixture import SOURCES, Shares
 
 # What a field takes that has a few named values. Kept here, without JAX, so that a mistake is answered at once.
 CHOICES = {
@@ -106,7 +106,7 @@ class DataConfig:
     path: str | None = None  # files, tokens: a glob, or a dataset's folder; tfds: data_dir or a prepared version
     name: str | None = None  # tfds: dataset below path, as c4/en or c4/en:3.1.0; files: a config_name of its README.md
     text_column: str = "text"  # files: the column of .parquet, or key of .jsonl, that has the text
-    mixture: Mixture | None = None  # several sources, as web:0.7:DIR1,code:0.3:DIR2; weights are shares of tokens
+    mixture: Shares | None = None  # several sources, as web:0.7:DIR1,code:0.3:DIR2; weights are shares of tokens
     split: str | None = None  # training split, as train[:90%]; default: all of train that is not held out
     eval_split: str | None = None  # held-out split; default: validation if there is one, else up to 10 % of train
     sequence_length: int = 1024  # tokens per sequence (context length)
@@ -289,7 +289,7 @@ def _typed(path: str, hint, value):
         also = " or None"
     else:
         also = ""
-    if hint == Mixture:
+    if hint == Shares:
         try:
             return mixture.parse(value)
         except ValueError as error:

@@ -14,15 +14,11 @@ _SPLITS = {  # what names of files and folders call them
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-
-
 Endings = tuple[str, ...]  # of names of files, as regular expressions; of those in a folder, the first that is there
+Splits = dict[str, list[str]]  # files of each split, or globs of them; "" for those whose names say the split
 
 
-Configs = dict[str, dict[str, list[str]]]  # globs, by the name of a part of the dataset, and by split
-
-
-def splits(folder: str, name: str | None, endings: Endings) -> dict[str, list[str]]:
+def splits(folder: str, name: str | None, endings: Endings) -> Splits:
     """The files of each split: what the folder's README.md says, else by their names.
 
     Args:
@@ -31,9 +27,9 @@ def splits(folder: str, name: str | None, endings: Endings) -> dict[str, list[st
     Raises:
         ConfigError: no text there, no such name, or a README.md whose head is none of a dataset.
     """
-    configs = _configs(Path(folder))
+    configs, default = _configs(Path(folder))
     if configs:
-        return _named(folder, name, configs, endings)
+        return _named(folder, name, default, configs, endings)
     if name is not None:
         takes = f"None, as {folder!r} has no README.md that names parts of it"
         raise ConfigError(f"data.name: got {name!r}; takes {takes}")
@@ -44,28 +40,23 @@ def splits(folder: str, name: str | None, endings: Endings) -> dict[str, list[st
     return _by_name(folder, paths)
 
 
-def _named(
-    folder: str, name: str | None, configs: dict[str, dict[str, list[str]]], endings: Endings
-) -> dict[str, list[str]]:
+def _named(folder: str, name: str | None, default: str, configs: dict[str, Splits], endings: Endings) -> Splits:
     found = {}
-    for config, patterns in configs.items():
-        its = {split: _matching(folder, globs, endings) for split, globs in patterns.items()}
+    for config, globs in configs.items():
+        its = {split: _matching(folder, some, endings) for split, some in globs.items()}
+        its = _by_name(folder, its.pop("", [])) | its
         if its := {split: paths for split, paths in its.items() if paths}:
             found[config] = its
-    default = next(iter(configs)) if len(configs) == 1 else "default"
     if (chosen := name or default) not in found:
-        why = f", whose files {_globs(configs[chosen])} are not there" if chosen in configs else ""
+        globs = ", ".join(glob for some in configs.get(chosen, {}).values() for glob in some)
+        why = f", whose files {globs} are not there" if globs else ""
         takes = f"one that {folder!r} has files of: {', '.join(found) or 'there is none'}"
         raise ConfigError(f"data.name: got {name!r}{why}; takes {takes}")
     return found[chosen]
 
 
-def _globs(patterns: dict[str, list[str]]) -> str:
-    return ", ".join(glob for globs in patterns.values() for glob in globs)
-
-
-def _configs(folder: Path) -> Configs:
-    """The globs of each split of each part that the head of README.md names; the default one is called so.
+def _configs(folder: Path) -> tuple[dict[str, Splits], str]:
+    """The globs of each part that the head of README.md names, and the name of the default one, or "".
 
     Its form: https://huggingface.co/docs/hub/datasets-manual-configuration.
     """
@@ -73,25 +64,28 @@ def _configs(folder: Path) -> Configs:
     try:
         head = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", path.read_text(encoding="utf-8"), re.DOTALL)
     except FileNotFoundError:
-        return {}
+        return {}, ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.path: {str(path)!r} cannot be read ({error})") from None
-    found = {}
     try:
         fields = yaml.safe_load(head[1]) if head else {}
-        for config in (fields or {}).get("configs") or ():
-            name = "default" if config.get("default") else config["config_name"]
-            entries = config.get("data_files", "**")
-            entries = [entries] if isinstance(entries, str | dict) else entries
-            below = found.setdefault(name, {})
-            for entry in entries:
-                entry = {"split": "train", "path": entry} if isinstance(entry, str) else entry
-                globs = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
-                prefix = config.get("data_dir", "")
-                below.setdefault(entry["split"], []).extend(os.path.join(prefix, glob) for glob in globs)
+        listed = (fields or {}).get("configs") or []
+        found = {config["config_name"]: _splits_of(config) for config in listed}
+        chosen = [config["config_name"] for config in listed if config.get("default") or len(listed) == 1]
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"data.path: the head of {str(path)!r} is not a dataset's: {reason}") from None
+    return found, chosen[0] if chosen else "default"
+
+
+def _splits_of(config: dict) -> Splits:
+    """The globs of a part: without any, all below its folder, by names."""
+    entries = config.get("data_files", [{"split": "", "path": "**"}])
+    found: Splits = {}
+    for entry in [entries] if isinstance(entries, str | dict) else entries:
+        entry = {"split": "train", "path": entry} if isinstance(entry, str) else entry
+        globs = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
+        found.setdefault(entry["split"], []).extend(os.path.join(config.get("data_dir", ""), glob) for glob in globs)
     return found
 
 
@@ -105,8 +99,8 @@ def _of_one_kind(paths: list[str], endings: Endings) -> list[str]:
     return next(filter(None, found), [])
 
 
-def _by_name(folder: str, paths: list[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _by_name(folder: str, paths: list[str]) -> Splits:
+    found: Splits = {}
     for path in paths:
         *folders, name = Path(os.path.relpath(path, folder)).parts
         split = next((split for part in (name, *reversed(folders)) if (split := _split_of(part))), "train")

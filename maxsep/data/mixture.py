@@ -57,7 +57,7 @@ class Mixture:
         }
 
     def counts(self, position: int) -> list[int]:
-        """How many of the first `position` records are of each source: its share, to less than a record a source.
+        """How many of the first `position` records are of each source: its share, to less than one per source.
 
         Grain's `mix` rounds weights to a hundredth of the smallest; these are exact.
         """

@@ -95,7 +95,7 @@ def above(highest: float, found: dict[str, Sides]) -> dict[str, Sides]:
 def described(found: dict[str, Sides], most: int | None) -> str:
     """What is held out, for the console."""
     shares = {name: sum(b - a for a, b in its.held_out) for name, its in found.items() if its.held_out}
-    held_out = " and ".join(f"{share:.2%} of {name}" for name, share in shares.items())
+    held_out = " and ".join(f"{100 * share:.3g} % of {name}" for name, share in shares.items())
     limit = "" if most is None else f", up to {most:,} tokens (data.eval_max_tokens)"
     return f"{held_out}, by a hash of each document{limit}"
 

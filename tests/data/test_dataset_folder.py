@@ -76,6 +76,13 @@ def test_the_parts_that_a_readme_names(tmp_path):
         splits(str(c4), "de")
 
 
+def test_a_default_and_a_folder_of_its_own(tmp_path):
+    head = "configs: [{config_name: a, data_dir: x}, {config_name: b, default: true, data_files: 'y/*'}]"
+    put(tmp_path, "x/train-0.parquet", "x/test-0.parquet", "y/test.parquet", "z.parquet", readme=f"---\n{head}\n---\n")
+    assert found(tmp_path) == found(tmp_path, "b") == {"train": ["y/test.parquet"]}
+    assert found(tmp_path, "a") == {"train": ["x/train-0.parquet"], "test": ["x/test-0.parquet"]}
+
+
 def test_a_part_that_was_not_downloaded_is_told(tmp_path):
     web = put(tmp_path, "sample/10BT/000_00000.parquet", readme=FINEWEB)
     told = r"^data\.name: got None, whose files data/\*/\* are not there; takes .*: sample-10BT$"
