@@ -365,7 +365,9 @@ def test_a_step_equals_the_dense_model(name):
 @pytest.mark.parametrize(
     ("layout", "mesh", "near"),
     [
-        ("ma", (2, 2), "ma_folded 4x4, full, many rounds, kv heads replicated, clipped"),
+        pytest.param(
+            "ma", (2, 2), "ma_folded 4x4, full, many rounds, kv heads replicated, clipped", marks=pytest.mark.exhaustive
+        ),
         pytest.param("tp_pp", (2, 4, 2), "zero 4x4, kv heads replicated, documents", marks=pytest.mark.slow),
         pytest.param("ma", (2, 8), "zero 4x4, kv heads replicated, documents", marks=pytest.mark.exhaustive),
     ],

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from programs import run, trained
-from small import MA_IN_STAGES, ROWS, SEED, config
+from small import ROWS, SEED, config
 from states import filled
 
 import train
@@ -70,10 +70,10 @@ def test_a_layout_has_the_losses_of_one_device(layout, mesh, cheaper):
 
 
 def every_switch():
-    """Each layout with each of `SWITCHES`. The slow suite holds two pipelines with one; others are above."""
+    """Each layout with each of `SWITCHES`. The slow suite holds a pipeline with one; others are above."""
     for layout in ROWS:
         for name in SWITCHES:
-            slow = layout in ("pp", MA_IN_STAGES) and name == "drops, dropout, zero1"
+            slow = layout == "pp" and name == "drops, dropout, zero1"
             yield pytest.param(layout, name, marks=pytest.mark.slow if slow else pytest.mark.exhaustive)
 
 

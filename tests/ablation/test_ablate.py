@@ -54,6 +54,7 @@ def test_runs_that_differ_are_told(data, tmp_path, capsys, monkeypatch, quick):
     assert f"**{warning}.**" in (folder / "ablation.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_has_finished_is_kept(data, tmp_path, capsys, monkeypatch, quick):
     folder = tmp_path / "ablation"
     argv = arguments(data, folder, "ma:1x2", "--nodecode")

@@ -54,6 +54,7 @@ EXPERTS = 3 * 2 * MODEL["layers"] * CHOICES * 3 * MODEL["d_model"] * MODEL["d_ff
 HEAD = 3 * 2 * TOKENS * MODEL["d_model"] * 256  # of each device a part of the vocabulary, for more tokens
 
 
+@pytest.mark.slow
 def test_a_wider_expert_adds_its_products_and_its_weights():
     base, wide = of_model(), of_model(d_ff=2 * MODEL["d_ff"])
     assert flops(wide) - flops(base) == pytest.approx(EXPERTS)
