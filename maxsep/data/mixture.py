@@ -11,8 +11,8 @@ from maxsep.data.records import Corpus
 class Mixture:
     """Corpora by name, each with its part of the training records.
 
-    `ratio`: how many of `sum(ratio)` records are of each. `named`: it is `data.mixture`'s, whose losses are told by
-    source; else it is one corpus.
+    `ratio`: how many of `sum(ratio)` records come from each. `named`: whether it is that of `data.mixture`, for which
+    losses are printed per source; if not, it is one corpus.
     """
 
     corpora: dict[str, Corpus]
@@ -57,7 +57,7 @@ class Mixture:
         }
 
     def counts(self, position: int) -> list[int]:
-        """How many of the first `position` records are of each source: its share, to less than one per source.
+        """How many of the first `position` records come from each source: its share, to within one record per source.
 
         Grain's `mix` rounds weights to a hundredth of the smallest; these are exact.
         """

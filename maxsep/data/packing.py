@@ -1,7 +1,7 @@
 """From text to records: parts become files of tokens (token_parts.py), which are packed in order.
 
 All of it happens in one folder that is renamed when it is complete. The progress file there is written with every
-finished shard of training records, and token files come whole or not at all: a preparation that was cut off goes on
+finished shard of training records, and token files come whole or not at all: a preparation that was cut off resumes
 from there. Held-out documents stay in their files to the end, and are packed from the highest place down.
 """
 

@@ -151,7 +151,7 @@ class Run:
         stop: Callable[[], bool],
         waiting: Callable[[], AbstractContextManager],
     ) -> float | None:
-        """The sum over all targets of the records; None where `stop` says so."""
+        """The sum over all targets of the records, in nats; None if `stop` returned true."""
         rows = host_rows(self.eval_shape, self.batch_sharding)
         cross_entropy, targets = 0.0, 0
         under_way: deque[Evaluation] = deque()
