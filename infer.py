@@ -4,6 +4,11 @@ Without flags: the newest run under runs/, its latest checkpoint, one device whe
 from standard input. Several processes may hold one model: docs/multihost.md.
 """
 
+from maxsep.parallel import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.ensure()  # before what is slow to import
+
 import sys
 from functools import partial
 

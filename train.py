@@ -4,6 +4,11 @@ Without flags: configs/tiny.py, on real text, on a mesh that fits the machine. T
 resumes a run that was stopped. Several processes can train one run: docs/multihost.md.
 """
 
+from maxsep.parallel import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.ensure()  # before what is slow to import
+
 import sys
 from contextlib import nullcontext
 

@@ -11,6 +11,11 @@ With --peers other systems time the same, each in its own process, in turns, so 
 slows all of them. Without them, `bench train` runs on several processes too.
 """
 
+from maxsep.parallel import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.ensure()  # before what is slow to import
+
 import json
 import sys
 from contextlib import ExitStack

@@ -10,14 +10,12 @@ from jax import lax
 
 from maxsep.config import ConfigError, ModelConfig
 from maxsep.kernels import nvidia
+from maxsep.model.blocked_attention import blocked_attention
 from maxsep.model.kv_cache import KeysValues, Prompts, Window
 from maxsep.model.layers import rotate
 from maxsep.model.parameters import Parameters, use
 from maxsep.model.qk_norm import QKNorm
 from maxsep.parallel import collectives
-
-# Without a fused kernel, queries come in at most MOST_BLOCKS blocks (each is compiled) of LEAST_QUERIES or more.
-LEAST_QUERIES, MOST_BLOCKS = 64, 16
 
 
 class Attention(nnx.Module):
@@ -59,8 +57,11 @@ class Attention(nnx.Module):
     def _whole(self, x_bsd: jax.Array, segments_bs: jax.Array | None):
         """What attention makes of whole sequences, and their keys and values [b, S, k, q]."""
         q_bshq, k_bskq, v_bskq = self._heads(x_bsd)
-        attend = fused_attention if self.kernel == "cudnn" else blocked_attention
-        return self._out(attend(q_bshq, k_bskq, v_bskq, segments_bs)), k_bskq, v_bskq
+        if self.kernel == "cudnn":
+            y_bshq = fused_attention(q_bshq, k_bskq, v_bskq, segments_bs)
+        else:
+            y_bshq = blocked_attention(q_bshq, k_bskq, v_bskq, segments_bs, in_turns=self.layout.platform == "cpu")
+        return self._out(y_bshq), k_bskq, v_bskq
 
     def decode(self, x_b1d: jax.Array, cache: KeysValues, slot: jax.Array, window: Window):
         """One token of each sequence, [b, 1, D] -> [b, 1, D], and the cache with its keys and values in `slot`."""
@@ -147,80 +148,3 @@ def cached_attention(q_b1hq, k_b1kq, v_b1kq, cache: KeysValues, slot: jax.Array,
     y = jnp.einsum("bkgt,bktq->bkgq", p.astype(q_b1hq.dtype), cache.v_bktq, preferred_element_type=wide)
     y = (y + p_own * v_b1kq.swapaxes(1, 2)) / (jnp.sum(p, axis=-1, keepdims=True) + p_own)
     return y.reshape(b, 1, h, q).astype(q_b1hq.dtype)
-
-
-def blocked_attention(q_bshq, k_bskq, v_bskq, segments_bs):
-    """Exact attention by blocks of queries over the keys before them.
-
-    Only one block's scores exist at a time, and keys a block cannot see are not computed. The backward pass computes
-    the scores again from the saved log-sum-exp (FlashAttention-2, Dao 2023, algorithm 2), in float32 or wider.
-    """
-    b, s, h, q = q_bshq.shape
-    kv = k_bskq.shape[2]
-    # Heads first, so that every product is a batch of plain matrix products.
-    q_bkgsq = (q_bshq * q**-0.5).swapaxes(1, 2).reshape(b, kv, h // kv, s, q)
-    y_bkgsq = _blocked(q_bkgsq, k_bskq.swapaxes(1, 2), v_bskq.swapaxes(1, 2), segments_bs)
-    return y_bkgsq.reshape(b, h, s, q).swapaxes(1, 2)
-
-
-def _blocks(s: int) -> list[tuple[int, int]]:
-    size = max(LEAST_QUERIES, -(-s // MOST_BLOCKS))
-    return [(start, min(start + size, s)) for start in range(0, s, size)]
-
-
-def _scores(q_bkgiq, k_bkjq, segments_bs, start: int):
-    """Masked scores [b, k, g, i, j] of queries from `start` on over keys 0 to j."""
-    wide = jnp.promote_types(q_bkgiq.dtype, jnp.float32)
-    scores = jnp.einsum("bkgiq,bkjq->bkgij", q_bkgiq, k_bkjq, preferred_element_type=wide)
-    i, j = scores.shape[-2:]
-    visible = start + jnp.arange(i)[:, None] >= jnp.arange(j)
-    if segments_bs is not None:
-        same = segments_bs[:, start : start + i, None] == segments_bs[:, None, :j]
-        visible = (visible & same)[:, None, None]
-    return jnp.where(visible, scores, jnp.finfo(wide).min)
-
-
-def _forward(q, k, v, segments):
-    outputs, lses = [], []
-    for start, stop in _blocks(q.shape[3]):
-        scores = _scores(q[:, :, :, start:stop], k[:, :, :stop], segments, start)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        p = jnp.exp(scores - top)
-        norm = jnp.sum(p, axis=-1, keepdims=True)
-        y = jnp.einsum("bkgij,bkjq->bkgiq", p.astype(v.dtype), v[:, :, :stop], preferred_element_type=p.dtype)
-        outputs.append((y / norm).astype(q.dtype))
-        lses.append(top + jnp.log(norm))
-    return jnp.concatenate(outputs, axis=3), lses
-
-
-@jax.custom_vjp
-def _blocked(q, k, v, segments):
-    """Attention of scaled queries [b, k, g, s, q] over keys and values [b, k, s, q]."""
-    return _forward(q, k, v, segments)[0]
-
-
-def _blocked_fwd(q, k, v, segments):
-    y, lses = _forward(q, k, v, segments)
-    return y, (q, k, v, segments, y, lses)
-
-
-def _blocked_bwd(residuals, g):
-    q, k, v, segments, y, lses = residuals
-    wide = lses[0].dtype
-    row = jnp.sum(g.astype(wide) * y.astype(wide), axis=-1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros_like(k, wide), jnp.zeros_like(v, wide)
-    for (start, stop), lse in zip(_blocks(q.shape[3]), lses, strict=True):
-        q_i, g_i, row_i = (x[:, :, :, start:stop] for x in (q, g, row))
-        k_j, v_j = k[:, :, :stop], v[:, :, :stop]
-        p = jnp.exp(_scores(q_i, k_j, segments, start) - lse)
-        dp = jnp.einsum("bkgiq,bkjq->bkgij", g_i, v_j, preferred_element_type=wide)
-        ds = (p * (dp - row_i)).astype(q.dtype)
-        dq.append(jnp.einsum("bkgij,bkjq->bkgiq", ds, k_j))
-        dk = dk.at[:, :, :stop].add(jnp.einsum("bkgij,bkgiq->bkjq", ds, q_i, preferred_element_type=wide))
-        dv = dv.at[:, :, :stop].add(
-            jnp.einsum("bkgij,bkgiq->bkjq", p.astype(g.dtype), g_i, preferred_element_type=wide)
-        )
-    return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_blocked.defvjp(_blocked_fwd, _blocked_bwd)

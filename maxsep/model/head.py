@@ -11,18 +11,27 @@ from jax import lax
 from maxsep.parallel import collectives
 from maxsep.parallel.collectives import Axes
 
-# Logits that one device holds at a time, about. Each block reads and writes the table's gradient: few, large ones.
+# Logits that one device holds at a time, about. Each block reads and writes the table's gradient: few, large ones; but
+# on a CPU those whose logits (16 MB of float32) stay in a cache, of at least so many tokens.
 BLOCK_LOGITS = 32 * 2**20
+CPU_LOGITS, CPU_TOKENS = 4 * 2**20, 256
 
 
-def cross_entropy(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, ids: int, axes: Axes):
-    """This device's share of the summed next-token cross-entropy (nats, float32 or wider).
+def block_of(rows: int, platform: str) -> int:
+    """Tokens of a block, a power of two, on a device with `rows` rows of the table."""
+    if platform == "cpu":
+        return 2 ** int(math.log2(max(CPU_TOKENS, CPU_LOGITS // rows)))
+    return 2 ** int(math.log2(max(1, BLOCK_LOGITS // rows)))
+
+
+def cross_entropy(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, ids: int, axes: Axes, block: int):
+    """This device's share of the summed next-token cross-entropy (nats, float32 or wider), `block` tokens at a time.
 
     `x_td` [T, D] are the same tokens on every device along `axes`, over which the rows of `table_vd` are split; each of
     those devices returns an equal share of the sum. Targets of -1 count nothing. Rows from `ids` on have no
     probability: padding, or ids that the tokenizer does not have.
     """
-    return _loss(ids, axes, x_td, table_vd, targets_t)
+    return _loss(ids, axes, block, x_td, table_vd, targets_t)
 
 
 def logits(x_td: jax.Array, table_vd: jax.Array, ids: int, axes: Axes) -> jax.Array:
@@ -74,13 +83,15 @@ def _summed_bwd(nll, gradients, g):
 _summed.defvjp(_summed_fwd, _summed_bwd)
 
 
-def log_probabilities(x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, ids: int, axes: Axes) -> jax.Array:
+def log_probabilities(
+    x_td: jax.Array, table_vd: jax.Array, targets_t: jax.Array, ids: int, axes: Axes, block: int
+) -> jax.Array:
     """Log-probability [T] of each target (nats, float32 or wider), the same on every device along `axes`; 0 for -1.
 
     The arguments are those of `cross_entropy`. Not to be differentiated.
     """
     table = table_vd.astype(x_td.dtype)
-    found = lax.map(lambda at: _block(ids, axes, at[0], table, at[1])[0], _blocks(x_td, targets_t, table.shape[0]))
+    found = lax.map(lambda at: _block(ids, axes, at[0], table, at[1])[0], _blocks(x_td, targets_t, block))
     return -found.ravel()[: x_td.shape[0]]
 
 
@@ -88,10 +99,10 @@ def _first_id(rows: int, axes: Axes) -> jax.Array | int:
     return collectives.index(axes) * rows
 
 
-def _blocks(x_td: jax.Array, targets_t: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens [n, t, D] and targets [n, t] in blocks of a power of two, the last filled up with what counts nothing."""
+def _blocks(x_td: jax.Array, targets_t: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens [n, t, D] and targets [n, t] in blocks, the last filled up with what counts nothing."""
     tokens, width = x_td.shape
-    size = min(tokens, 2 ** int(math.log2(max(1, BLOCK_LOGITS // rows))))
+    size = min(tokens, block)
     more = -tokens % size
     x_td, targets_t = jnp.pad(x_td, ((0, more), (0, 0))), jnp.pad(targets_t, (0, more), constant_values=-1)
     return x_td.reshape(-1, size, width), targets_t.reshape(-1, size)
@@ -114,15 +125,15 @@ def _block(ids, axes, x_td, table_vd, targets_t):
     return loss_t, exp * jnp.where(counted, 1 / norm, 0) - is_target
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(ids, axes, x_td, table_vd, targets_t):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss(ids, axes, block, x_td, table_vd, targets_t):
     table = table_vd.astype(x_td.dtype)
-    blocks = _blocks(x_td, targets_t, table.shape[0])
+    blocks = _blocks(x_td, targets_t, block)
     parts = lax.map(lambda at: jnp.sum(_block(ids, axes, at[0], table, at[1])[0]), blocks)
     return collectives.vary(jnp.sum(parts) / collectives.size(axes))
 
 
-def _loss_fwd(ids, axes, x_td, table_vd, targets_t):
+def _loss_fwd(ids, axes, block, x_td, table_vd, targets_t):
     """The gradient is made with the loss, block by block: nothing is computed twice, and no logits are kept.
 
     In a loop, in which the table's gradient is added up in place: unrolled, XLA keeps that of each block.
@@ -139,14 +150,14 @@ def _loss_fwd(ids, axes, x_td, table_vd, targets_t):
         more, dx_td = one(*at)
         return jax.tree.map(jnp.add, sums, more), dx_td
 
-    blocks = _blocks(x_td, targets_t, table.shape[0])
+    blocks = _blocks(x_td, targets_t, block)
     nothing = collectives.zeros(jax.eval_shape(one, *(part[0] for part in blocks))[0])
     (loss, dtable), dx = lax.scan(add, nothing, blocks)
     dx_td = dx.reshape(-1, x_td.shape[1])[: x_td.shape[0]]
     return collectives.vary(loss / collectives.size(axes)), (dx_td, dtable)
 
 
-def _loss_bwd(ids, axes, residuals, g):
+def _loss_bwd(ids, axes, block, residuals, g):
     dx, dtable = residuals
     return (g * dx).astype(dx.dtype), g * dtable, None
 

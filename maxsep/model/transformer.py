@@ -212,7 +212,9 @@ class Transformer(nnx.Module):
             x_bsd = layout.join(self.final_norm(x_bsd), axes)
             targets_t = layout.join_ids(targets_bs, axes).ravel()
             x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
-            found_t = head.log_probabilities(x_td, self.head_table, targets_t, self.ids, axes)
+            table_vd = self.head_table
+            block = head.block_of(table_vd.shape[0], layout.platform)
+            found_t = head.log_probabilities(x_td, table_vd, targets_t, self.ids, axes, block)
             return layout.own(found_t.reshape(x_bsd.shape[:2]), axes)
 
     def _nll(self, weights, x_bsd: jax.Array, targets_bs: jax.Array) -> jax.Array:
@@ -221,4 +223,6 @@ class Transformer(nnx.Module):
         layout, axes = self.layout, self.layout.axes("v")
         x_bsd = layout.join(final_norm(x_bsd), axes)
         targets_t = layout.join_ids(targets_bs, axes).ravel()
-        return head.cross_entropy(x_bsd.reshape(-1, x_bsd.shape[-1]), table_vd, targets_t, self.ids, axes)
+        x_td = x_bsd.reshape(-1, x_bsd.shape[-1])
+        block = head.block_of(table_vd.shape[0], layout.platform)
+        return head.cross_entropy(x_td, table_vd, targets_t, self.ids, axes, block)

@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-from maxsep.config import ConfigError
-
 DEVICES = Path("/dev")
 INSTALL = {  # by the files of a driver, what lets JAX use it
     "nvidia[0-9]*": "pip install -c constraints.txt -e '.[cuda]'",
@@ -25,9 +23,11 @@ def check_seen(processes: int) -> None:
     Raises:
         ConfigError: this is one of several `processes`, or a launcher gave it GPUs.
     """
-    if os.environ.get("JAX_PLATFORMS") or (found := _found()) is None:
+    if os.environ.get("JAX_PLATFORMS") or (machine := found()) is None:
         return
-    device, install = found
+    from maxsep.config import ConfigError  # here, as huge_pages.py needs this file before what is slow to import
+
+    device, install = machine
     got = f"this machine has {device}, but JAX finds no accelerator"
     takes = f"{install}, or JAX_PLATFORMS=cpu to simulate devices on the CPU"
     given = [f"{name}={value}" for name, value in sorted(os.environ.items()) if _gives(name, value)]
@@ -37,7 +37,7 @@ def check_seen(processes: int) -> None:
     print(f"warning: {got}, so devices are simulated on the CPU; takes {takes}", file=sys.stderr, flush=True)
 
 
-def _found() -> tuple[str, str] | None:
+def found() -> tuple[str, str] | None:
     """The first file of an accelerator, and what lets JAX use it."""
     for pattern, install in INSTALL.items():
         for path in sorted(DEVICES.glob(pattern)):

@@ -8,13 +8,18 @@ import numpy as np
 import oracle
 import pytest
 
-from maxsep.model import attention
-from maxsep.model.attention import LEAST_QUERIES, blocked_attention, fused_attention
+from maxsep.model import blocked_attention
+from maxsep.model.attention import fused_attention
+from maxsep.model.blocked_attention import LEAST_QUERIES
 from maxsep.model.layers import rotate
 
 
 def naive(q_bshq, k_bskq, v_bskq, segments_bs):
     return jax.vmap(oracle.attend)(q_bshq, k_bskq, v_bskq, segments_bs)
+
+
+def blocked(in_turns: bool):
+    return functools.partial(blocked_attention.blocked_attention, in_turns=in_turns)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +32,8 @@ def naive(q_bshq, k_bskq, v_bskq, segments_bs):
     ],
 )
 def test_blocked_attention_is_exact(monkeypatch, length, kv_heads, documents):
-    monkeypatch.setattr(attention, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(blocked_attention, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(blocked_attention, "CACHED_SCORES", 3 * 4 // kv_heads * LEAST_QUERIES * 2 * length)  # of 3 rows
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
         q, out = (jnp.asarray(rng.normal(size=(2, length, 4, 6))) for _ in range(2))
@@ -42,16 +48,20 @@ def test_blocked_attention_is_exact(monkeypatch, length, kv_heads, documents):
 
         grad = [
             jax.jit(jax.value_and_grad(functools.partial(loss, f, s), (0, 1, 2), has_aux=True))(q, k, v)
-            for f, s in [(blocked_attention, segments if documents else None), (naive, segments)]
+            for f, s in [
+                *((blocked(turns), segments if documents else None) for turns in (False, True)),
+                (naive, segments),
+            ]
         ]
-        for got, expected in zip(jax.tree.leaves(grad[0]), jax.tree.leaves(grad[1]), strict=True):
-            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
+        for of_one in grad[:2]:
+            for got, expected in zip(jax.tree.leaves(of_one), jax.tree.leaves(grad[2]), strict=True):
+                np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
 
 
 def test_bfloat16_keeps_its_type_and_is_near():
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 150, 4, 8)), jnp.bfloat16) for _ in range(3))
-    y = jax.jit(blocked_attention)(q, k, v, None)
+    y = jax.jit(blocked(in_turns=True))(q, k, v, None)
     assert y.dtype == jnp.bfloat16
     expected = jax.jit(naive)(*(x.astype(jnp.float32) for x in (q, k, v)), jnp.zeros((1, 150)))
     np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.03)
@@ -63,7 +73,7 @@ def test_fused_attention_is_near():
     q, k, v = (jnp.asarray(rng.normal(size=(2, 256, 4, 64)), jnp.bfloat16) for _ in range(3))
     segments = jnp.asarray(np.arange(256) // 100)[None].repeat(2, axis=0)
     for one in (None, segments):
-        y, expected = fused_attention(q, k, v, one), blocked_attention(q, k, v, one)
+        y, expected = fused_attention(q, k, v, one), blocked(in_turns=False)(q, k, v, one)
         np.testing.assert_allclose(y.astype(jnp.float32), expected.astype(jnp.float32), atol=0.03)
 
 
