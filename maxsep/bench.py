@@ -1,5 +1,7 @@
 """Measures speed: `bench train` times the training step, `bench decode` the time to and between new tokens.
 
+`bench growth` times the training step for more tokens, longer sequences and more experts, one after the other.
+
 The training step is the program that train.py runs, on a batch of random ids that is used again. The peak is that of
 square matrix products on the same devices, measured between the turns.
 
@@ -25,14 +27,20 @@ from absl import flags
 from maxsep.cluster import join, process
 from maxsep.cluster.job import Job
 from maxsep.config import Config, ConfigError, cli, paths
-from maxsep.measure import peers, plots, report
+from maxsep.measure import growth, peers, plots, report
 from maxsep.measure.timing import measurement, timed
 from maxsep.output.durable import write_asked
 from maxsep.parallel.start import start
 
 PRODUCTS = 3  # matrix products a turn
-OF_TRAIN = ("steps", "warmup", "turn", "parts")
-OF_DECODE = ("contexts", "batches", "new", "repeats", "experts", "plot")
+STEPS, PLOTTED = ("steps", "warmup", "turn"), "plot"
+GROWING = tuple(f"grow_{series}" for series in growth.AXES)
+TAKES = {  # the flags of each command that not all take
+    "train": (*STEPS, "parts"),
+    "decode": ("contexts", "batches", "new", "repeats", "experts", PLOTTED),
+    "growth": (*STEPS, *GROWING, PLOTTED),
+}
+COMMANDS = tuple(TAKES)
 
 
 def define(values: flags.FlagValues) -> None:
@@ -42,15 +50,18 @@ def define(values: flags.FlagValues) -> None:
     def integers(name, default, text):
         flags.DEFINE_list(name, default, text, flag_values=values)
 
-    integer("steps", 20, "train: timed steps")
-    integer("warmup", 3, "train: steps before the timed ones")
-    integer("turn", 5, "train: steps per turn, where systems are compared")
+    integer("steps", 20, "train, growth: timed steps")
+    integer("warmup", 3, "train, growth: steps before the timed ones")
+    integer("turn", 5, "train, growth: steps per turn, where systems are compared")
+    integers("grow_tokens", "1,2,4,8,16", "growth: times the batch")
+    integers("grow_sequence", "256,512,1024,2048,4096", "growth: lengths of sequences, with as many tokens per step")
+    integers("grow_experts", "8,16,32,64,128", "growth: numbers of experts")
     integers("contexts", "512,1024,2048,4096", "decode: prompt lengths, in tokens")
     integers("batches", "1,16", "decode: batch sizes")
     integer("new", 64, "decode: new tokens per prompt")
     integer("repeats", 3, "decode: timed generations")
     flags.DEFINE_boolean("experts", False, "decode: also time the experts alone", flag_values=values)
-    flags.DEFINE_string("plot", None, "decode: PNG file to write", flag_values=values)
+    flags.DEFINE_string("plot", None, "decode, growth: PNG file to write", flag_values=values)
     flags.DEFINE_string(
         "peers",
         None,
@@ -63,12 +74,14 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: cli.Args) -> None:
-    options, training = args.flags, args.command == "train"
-    of_other = OF_DECODE if training else OF_TRAIN
-    for flag in of_other:
+    options, takes = args.flags, TAKES[args.command]
+    for flag in (flag for of_command in TAKES.values() for flag in of_command if flag not in takes):
         if options[flag].present:
-            raise ConfigError(f"--{flag}: got beside {args.command}; takes {'decode' if training else 'train'}")
-    contexts, batches = (_positive(flag, options[flag].value) for flag in ("contexts", "batches"))
+            others = " or ".join(command for command, of_command in TAKES.items() if flag in of_command)
+            raise ConfigError(f"--{flag}: got beside {args.command}; takes {others}")
+    sizes = {flag: _positive(flag, options[flag].value) for flag in ("contexts", "batches", *GROWING)}
+    if args.command == "growth":
+        growth.points(args.config, _grown(sizes))
     names = []
     if options.peers:
         names = peers.installed(options.peers)
@@ -78,18 +91,25 @@ def main(args: cli.Args) -> None:
     if options.plot:
         plots.check("--plot", options.plot)
     alone = [
-        what for what, asked in (("decode", not training), ("--peers", names), ("--parts", options.parts)) if asked
+        what
+        for what, asked in ((args.command, args.command != "train"), ("--peers", names), ("--parts", options.parts))
+        if asked
     ]
     if alone and process.this(options).count > 1:
         raise ConfigError(f"--num_processes: got {process.this(options).count}; takes 1, as {alone[0]} is one process")
     with join.joined(args, None) as job:
-        measure(args, names, contexts, batches, job)
+        measure(args, names, sizes, job)
 
 
-def measure(args: cli.Args, names: list[str], contexts: list[int], batches: list[int], job: Job) -> None:
+def _grown(sizes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """By series, those of the flags' `sizes` that a step grows through."""
+    return {series: sizes[flag] for series, flag in zip(growth.AXES, GROWING, strict=True)}
+
+
+def measure(args: cli.Args, names: list[str], sizes: dict[str, list[int]], job: Job) -> None:
     """Measures, prints, and writes what the flags ask for; the first process does for all."""
-    options, training = args.flags, args.command == "train"
-    config = start(args.config, fit_mesh=False, training=training, job=job)
+    options = args.flags
+    config = start(args.config, fit_mesh=False, training=args.command != "decode", job=job)
 
     import jax
 
@@ -99,26 +119,33 @@ def measure(args: cli.Args, names: list[str], contexts: list[int], batches: list
         flag = "--peers" if names else "--parts"
         raise ConfigError(f"{flag}: got {jax.default_backend()} devices; takes the CPU's, as with JAX_PLATFORMS=cpu")
     with jax.set_mesh(make_mesh(config)):
-        if training:
+        if args.command == "train":
             results = train(config, names, options)
             if job.count > 1:  # what they need cannot be told from what others need
                 results = [result | {"other_cpu": None} for result in results]
             print(report.train(results), flush=True)
+        elif args.command == "growth":
+            found = growth.measured(growth.points(config, _grown(sizes)), lambda grown: train(grown, names, options))
+            results = list(found)
+            print(report.growth(results), flush=True)
         else:
             from maxsep.inference import speed
 
             shape = {name: size for name, size in facts(config)["shape"].items() if name not in ("sequence", "batch")}
             how = options.new, options.repeats, names, options.peers, say
-            results = list(speed.sweep(config, shape, contexts, batches, *how))
+            results = list(speed.sweep(config, shape, sizes["contexts"], sizes["batches"], *how))
             print(report.decode(results), flush=True)
     if options.experts:
         say("maxsep: the experts alone")
-        of_experts = list(speed.forms(config.model, jax.default_backend(), batches))
+        of_experts = list(speed.forms(config.model, jax.default_backend(), sizes["batches"]))
         print(report.experts(of_experts), flush=True)
         results += of_experts
     if options.plot:
-        drawn = [result for result in results if "tpot_seconds" in result]
-        plots.decoding(drawn, plots.check("--plot", options.plot))
+        draw = plots.growth if args.command == "growth" else plots.decoding
+        draw(
+            [result for result in results if "error" not in result and "task" in result],
+            plots.check("--plot", options.plot),
+        )
     if options.json and job.first:
         write_asked("--json", options.json, "".join(f"{json.dumps(result)}\n" for result in results))
 
@@ -231,4 +258,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, define, __doc__, default_config="configs/bench.py", commands=("train", "decode")))
+    sys.exit(cli.run(main, define, __doc__, default_config="configs/bench.py", commands=COMMANDS))

@@ -28,7 +28,7 @@ def run(*arguments):
 
 def of(command, *arguments):
     argv = ["bench", command, *SMALL, *arguments]
-    return cli.run(bench.main, bench.define, bench.__doc__, "configs/bench.py", ("train", "decode"), argv)
+    return cli.run(bench.main, bench.define, bench.__doc__, "configs/bench.py", bench.COMMANDS, argv)
 
 
 def test_train_beside_a_peer_that_fails(tmp_path, capsys):
@@ -63,6 +63,30 @@ def test_train_beside_a_peer_that_fails(tmp_path, capsys):
     assert "maxsep: 3/3 steps" in err
 
 
+def test_growth(tmp_path, capsys):
+    """A series each for tokens, sequence and experts; a config that is in two of them is measured once."""
+    path = tmp_path / "figures.jsonl"
+    sizes = ("--grow_tokens=1,2", "--grow_sequence=64", "--grow_experts=4")
+    assert of("growth", "--steps=1", "--warmup=1", *sizes, f"--json={path}") == cli.DONE
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [
+        (one["series"], one["value"], one["shape"]["batch"], one["shape"]["sequence"], one["shape"]["experts"])
+        for one in results
+    ]
+    assert found == [
+        ("tokens", 1, 4, 32, 4),
+        ("tokens", 2, 8, 32, 4),
+        ("sequence", 64, 2, 64, 4),
+        ("experts", 4, 4, 32, 4),
+    ]
+    assert results[3]["median_seconds"] == results[0]["median_seconds"]
+    out, err = capsys.readouterr()
+    assert err.count("compiling") == 3
+    assert f"{results[2]['median_seconds']:.3f}" in next(
+        line for line in out.splitlines() if line.startswith("sequence")
+    )
+
+
 def test_decode(tmp_path, capsys):
     path, mesh = tmp_path / "figures.jsonl", ("--config.mesh.expert=2",)
     sizes = ("--contexts=20", "--batches=3", "--new=10", "--repeats=2")
@@ -92,15 +116,23 @@ def test_a_figure_without_matplotlib_is_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("command", "argument", "error"),
     [
-        ("decode", "--steps=3", "--steps: got beside decode; takes train"),
+        ("decode", "--steps=3", "--steps: got beside decode; takes train or growth"),
+        ("growth", "--parts", "--parts: got beside growth; takes train"),
+        ("growth", "--grow_sequence=48", "--grow_sequence: got 48; takes what divides the 128 tokens of a step"),
+        (
+            "growth",
+            "--grow_sequence=64 --grow_experts=1",
+            "--grow_experts: got 1, with which model.top_k: got 2; takes",
+        ),
+        ("growth", "--grow_tokens=2,x", "--grow_tokens: got 2,x; takes integers from 1 up"),
         ("train", "--batches=1", "--batches: got beside train; takes decode"),
         ("decode", "--contexts=512,0", "--contexts: got 512,0; takes integers from 1 up"),
         ("decode", "--batches=", "--batches: got"),
         ("decode", "--plot=/nowhere/a.png", "--plot: got '/nowhere/a.png'"),
     ],
 )
-def test_mistakes_of_decode(command, argument, error, capsys):
-    assert of(command, argument) == cli.USER_ERROR
+def test_mistakes_of_a_command(command, argument, error, capsys):
+    assert of(command, *argument.split()) == cli.USER_ERROR
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert error in err

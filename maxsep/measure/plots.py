@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from maxsep.config import ConfigError, paths
+from maxsep.measure.growth import AXES
 
 
 def check(flag: str, file: str) -> Path:
@@ -19,6 +20,32 @@ def check(flag: str, file: str) -> Path:
     except ImportError:
         raise ConfigError(f"{flag}: needs matplotlib; pip install -e '.[viz]'") from None
     return path
+
+
+def growth(results: list[dict], path: Path) -> None:
+    """Seconds of a step over what grows: a panel for each series, a line for each system."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(AXES), figsize=(12, 4), layout="constrained", sharey=True)
+    for axes, (series, label) in zip(panels, AXES.items(), strict=True):
+        lines: dict[str, list] = {}
+        for result in results:
+            if result["series"] == series:
+                lines.setdefault(result["system"], []).append((result["value"], result["median_seconds"]))
+        for system, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=system)
+        values = sorted({result["value"] for result in results if result["series"] == series})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("seconds per step (median)")
+    panels[0].legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def decoding(results: list[dict], path: Path) -> None:

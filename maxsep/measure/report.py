@@ -43,6 +43,22 @@ def train(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def growth(results: list[dict]) -> str:
+    """The median of each system at each point, and the share of the peak that ours reaches."""
+    systems = list(dict.fromkeys(result["system"] for result in results))
+    rows = [("series", "value", *(f"{system} s" for system in systems), "tokens/s", "of peak", "temporaries MB")]
+    points: dict[tuple, dict] = {}
+    for result in results:
+        points.setdefault((result["series"], result["value"]), {})[result["system"]] = result
+    for (series, value), found in points.items():
+        ours = found["maxsep"]
+        times = ("-" if "error" in found[system] else f"{found[system]['median_seconds']:.3f}" for system in systems)
+        more = f"{ours['tokens_per_second']:,.0f}", f"{ours['peak_share']:.1%}"
+        rows.append((series, str(value), *times, *more, f"{ours['memory']['temporaries'] / 1e6:,.0f}"))
+    errors = dict.fromkeys(f"{result['system']}: {result['error']}" for result in results if "error" in result)
+    return "\n".join(["", *columns(rows), *(["", *errors] if errors else [])])
+
+
 def decode(results: list[dict]) -> str:
     """The figures of decoding as a table."""
     rows = [
