@@ -33,12 +33,12 @@ from maxsep.output.durable import write_asked
 from maxsep.parallel.start import start
 
 PRODUCTS = 3  # matrix products a turn
-STEPS, PLOTTED = ("steps", "warmup", "turn"), "plot"
+STEPS = ("steps", "warmup", "turn")
 GROWING = tuple(f"grow_{series}" for series in growth.AXES)
 TAKES = {  # the flags of each command that not all take
     "train": (*STEPS, "parts"),
-    "decode": ("contexts", "batches", "new", "repeats", "experts", PLOTTED),
-    "growth": (*STEPS, *GROWING, PLOTTED),
+    "decode": ("contexts", "batches", "new", "repeats", "experts", "plot"),
+    "growth": (*STEPS, *GROWING, "plot"),
 }
 COMMANDS = tuple(TAKES)
 
