@@ -42,6 +42,8 @@ def growth(results: list[dict], path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xticks(values, [str(value) for value in values])
         axes.set_xlabel(label)
+    for which in (panels[0].yaxis.set_major_formatter, panels[0].yaxis.set_minor_formatter):
+        which(lambda seconds, _: f"{seconds:g}")
     panels[0].set_ylabel("seconds per step (median)")
     panels[0].legend()
     figure.savefig(path, dpi=150)
