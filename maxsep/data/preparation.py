@@ -194,7 +194,8 @@ class Preparation:
             return packing.pack(folder, self.source.read, parts, how, workers, progress)
 
         found = packed(sides)
-        if not found["eval"]["tokens"] and data.eval_split is None and found["top"] is not None:
+        nothing = not found["eval"]["tokens"] and data.eval_split is None
+        if nothing and "train" in sides and found["top"] is not None:
             packing.clean(folder)
             for path in folder.glob("*.array_record"):
                 path.unlink()

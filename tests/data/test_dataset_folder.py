@@ -134,6 +134,17 @@ def test_a_folder_without_text_is_refused(tmp_path, names):
         splits(str(tmp_path), "en")
 
 
+def test_an_empty_validation_split(tmp_path):
+    """The text held out is that of `train`, where that is trained on."""
+    (tmp_path / "hub").mkdir()
+    for split, count in (("train", 20), ("validation", 0), ("test", 20)):
+        lines = [json.dumps({"text": f"{split} {i} of some length"}) + "\n" for i in range(count)]
+        (tmp_path / "hub" / f"{split}.jsonl").write_text("".join(lines))
+    assert ensure(tmp_path / "hub", tmp_path / "cache").eval.documents > 0
+    with pytest.raises(ConfigError, match=r"^data\.eval_split: got None, which holds no text"):
+        ensure(tmp_path / "hub", tmp_path / "cache", split="test")
+
+
 def test_a_folder_is_prepared(tmp_path):
     texts = {"train": [f"text {i} of some length" for i in range(40)], "validation": ["held out", "and this too"]}
     (tmp_path / "c4" / "en").mkdir(parents=True)
