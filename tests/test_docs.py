@@ -39,7 +39,7 @@ TOOLS = {
     },
     "maxsep.plan": {"define": plan.define, "default_config": plan.DEFAULT},
     "maxsep.prepare": {"define": prepare.define, "default_config": "configs/tiny.py"},
-    "maxsep.bench": {"define": bench.define, "default_config": "configs/bench.py", "commands": ("train", "decode")},
+    "maxsep.bench": {"define": bench.define, "default_config": "configs/bench.py", "commands": bench.COMMANDS},
 }
 TYPES = {int: "integer", float: "number", bool: "True, False", str: "text", Shares: "sources"}
 
