@@ -2,7 +2,7 @@
 
 XLA asks for a step's memory anew every step, and Linux gives it page by page as it is written. In pages of 4 kB that
 took a seventh of the bench's step, and a quarter of that of 16 simulated devices (docs/benchmarks.md). glibc's `malloc`
-asks for pages of 2 MB if a tunable says so. It reads the tunable only when a program starts, so the program starts twice.
+asks for pages of 2 MB if a tunable says so. It reads that only when a program starts, so the program starts twice.
 
 Only what is quick to import: this runs before all else.
 """
