@@ -112,7 +112,8 @@ def _backward(in_turns, q, k, v, segments, y, lses, g):
         """[..., g, i, j] and [..., g, i, q] -> [..., j, q]."""
         if in_turns:
             # On CPUs the narrow operand is the one to turn: the product takes half as long as with `weights` turned.
-            sums = jnp.einsum("...giq,...gij->...qj", queries, weights, preferred_element_type=wide)
+            # Widened first, as XLA's CPU backend does not run such a product of bfloat16 operands.
+            sums = jnp.einsum("...giq,...gij->...qj", queries.astype(wide), weights.astype(wide))
             return sums.swapaxes(-1, -2)
         return jnp.einsum("...gij,...giq->...jq", weights, queries, preferred_element_type=wide)
 
