@@ -16,7 +16,8 @@ from maxsep.config.layouts import AXES
 from maxsep.config.matrices import sizes
 from maxsep.kernels import grouped
 from maxsep.kernels.grouped import grouped_rows
-from maxsep.model.experts import BLOCK, BLOCKS, GROUPED, RAGGED, Experts, form, forms, product
+from maxsep.model.blocked_experts import MOST_ROWS as BLOCK
+from maxsep.model.experts import BLOCKS, GROUPED, RAGGED, Experts, form, forms, product
 from maxsep.model.parameters import Parameters, drawn
 from maxsep.parallel import collectives
 from maxsep.parallel.layout import Layout
