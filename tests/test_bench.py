@@ -109,6 +109,13 @@ def test_decode(tmp_path, capsys):
     assert "batch 3" in out and "*: chosen" in out
 
 
+def test_beside_peers_the_second_generation_of_a_turn_counts():
+    from maxsep.inference.speed import second
+
+    of_turn = {"prefill": [9.0, 1.0], "seconds": [7.0, 7.0, 2.0, 3.0], "other_cpu": 0.1}
+    assert second(of_turn) == {"prefill": [1.0], "seconds": [2.0, 3.0], "other_cpu": 0.1}
+
+
 def test_a_figure_without_matplotlib_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert of("decode", f"--plot={tmp_path}/a.png") == cli.USER_ERROR

@@ -42,7 +42,7 @@ def sweep(
         shape: what a measurement tells of the model.
         contexts, batches: tokens of a prompt, and prompts.
         new: tokens of each prompt.
-        repeats: how often each batch is decoded, once more before that unmeasured.
+        repeats: how often each batch is decoded and timed; the first time, and beside peers every other, is not.
         names, folder: peers, and where they are set up.
         say: told of what is being done.
     """
@@ -69,12 +69,17 @@ def sweep(
             turns = {label: [] for label in run}
             for _ in range(repeats):
                 for label, turn in run.items():
-                    turns[label].append(turn(1))
+                    turns[label].append(turn(1) if len(run) == 1 else second(turn(2)))
         floor = floor_bytes(config.model, batch, context + new / 2) / speed
         for label, taken in turns.items():
             result = decoding({"task": "decode", "dtype": config.model.dtype} | facts[label] | {"shape": size}, taken)
             result["floor_seconds"], result["floor_share"] = floor, floor / result["tpot_seconds"]["p50"]
             yield result
+
+
+def second(turn: dict) -> dict:
+    """Of a turn of two generations the second: a pause, in which another system had the caches, slows the first."""
+    return turn | {name: turn[name][len(turn[name]) // 2 :] for name in ("prefill", "seconds")}
 
 
 def forms(model: ModelConfig, platform: str, batches: Sequence[int]) -> Iterator[dict]:
