@@ -33,6 +33,7 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_list("runs", None, "only these layouts and meshes, as ma:4x4,pp:2x1x8", flag_values=values)
     flags.DEFINE_string("json", None, "file to write the plan to", flag_values=values)
+    flags.DEFINE_string("picture", None, "PNG file to draw time and memory of each layout to", flag_values=values)
     flags.DEFINE_string("cache", None, "folder of compiled results (default in the user's cache)", flag_values=values)
     flags.DEFINE_integer(
         "jobs", None, "programs to compile at a time (default half of the cores)", lower_bound=1, flag_values=values
@@ -40,9 +41,10 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: cli.Args) -> None:
+    from maxsep.measure import plots
     from maxsep.output.durable import json_text, write_asked
     from maxsep.parallel.start import cores
-    from maxsep.planning import candidates, rows, session, simulated, table, target
+    from maxsep.planning import candidates, picture, rows, session, simulated, table, target
     from maxsep.planning.kept import Kept
 
     process.refuse_several("plan")
@@ -52,6 +54,8 @@ def main(args: cli.Args) -> None:
     cluster = load_cluster(options.cluster)
     if options.json:
         paths.to_write("--json", options.json)
+    if options.picture:
+        plots.check("--picture", options.picture)
     shared = cli.config_arguments(args.argv)
     runs.check_free(shared)
     if options.runs is None:
@@ -68,7 +72,8 @@ def main(args: cli.Args) -> None:
     best, reason = rows.best(made)
     device = cluster.gpu.name if cluster.gpu else "simulated CPU device"
     shape = f"{cluster.nodes} nodes of {cluster.devices_per_node}" if cluster.nodes > 1 else "one node"
-    print(f"{config.name} on {options.cluster}: {cluster.devices} x {device}, {shape}\n")
+    title = f"{config.name} on {options.cluster}: {cluster.devices} x {device}, {shape}"
+    print(f"{title}\n")
     print("\n".join([*table.text(made, best, cluster), "", reason]))
     if best:
         print(f"train it: {shlex.join(['python', 'train.py', *shared, *best.flags])}")
@@ -76,6 +81,8 @@ def main(args: cli.Args) -> None:
         plan = {"config": config.name, "cluster": options.cluster, "layouts": [dataclasses.asdict(row) for row in made]}
         plan |= {"best": best and best.name, "reason": reason, "source": rows.SOURCE}
         write_asked("--json", options.json, json_text(plan))
+    if options.picture and not all(row.error for row in made):
+        picture.draw(made, title, cluster, plots.check("--picture", options.picture))
     if all(row.error for row in made):
         raise cli.Exit(cli.CRASHED, f"no layout compiled; the first: {made[0].error}")
 

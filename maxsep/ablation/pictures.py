@@ -7,22 +7,7 @@ import numpy as np
 
 from maxsep.ablation import tables
 from maxsep.ablation.compare import TOLERANCE, Agreement
-
-# One colour a role or kind, in every picture.
-COLORS = {
-    "attention": "#4477aa",
-    "dispatch": "#ee6677",
-    "embedding, head": "#228833",
-    "stages": "#ccbb44",
-    "gradients": "#66ccee",
-    "parameters": "#aa3377",
-    "statistics": "#bbbbbb",
-    "optimizer": "#882255",
-    "activations": "#ddaa33",
-    "communication": "#44aa99",
-    "copies": "#999933",
-    "rest": "#dddddd",
-}
+from maxsep.measure import plots
 
 
 def draw(results: list[dict], agreed: Agreement | None, folder: Path) -> dict[str, str]:
@@ -62,7 +47,7 @@ def _pictures(results: list[dict], agreed: Agreement | None) -> dict[str, tuple[
     if planned:
         found["memory.png"] = (
             "Memory of a device at the peak, by kind",
-            lambda figure: _stacked(figure, planned, tables.memory, tables.KINDS, "MB per device at the peak"),
+            lambda figure: _stacked(figure, planned, tables.memory, plots.MEMORY, "MB per device at the peak"),
         )
     others = all(result["expert_shares"] == results[0]["expert_shares"] for result in results)
     of = "the same in all runs" if others else f"of {results[0]['name']}; other runs differ"
@@ -131,15 +116,8 @@ def _time(figure, results: list[dict]) -> None:
 def _stacked(figure, results: list[dict], of: Callable[[dict], dict], labels: dict[str, str], unit: str) -> None:
     figure.set_size_inches(9, 0.32 * len(results) + 2)
     axes = figure.subplots()
-    places, left = np.arange(len(results)), np.zeros(len(results))
-    whole = max(sum(of(result).values()) for result in results) / 1e6
-    for kind, label in labels.items():
-        widths = np.array([of(result)[kind] / 1e6 for result in results])
-        if widths.max() > 1e-3 * whole:  # else it cannot be seen
-            axes.barh(places, widths, left=left, color=COLORS[kind], label=label)
-            left += widths
-    axes.set_yticks(places, [result["name"] for result in results])
-    axes.invert_yaxis()
+    values = [{kind: size / 1e6 for kind, size in of(result).items()} for result in results]
+    plots.stacked(axes, [result["name"] for result in results], values, labels)
     axes.set_xlabel(unit)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 

@@ -7,20 +7,12 @@ from statistics import fmean, pstdev
 
 from maxsep.ablation.compare import efficiency
 from maxsep.ablation.trial import columns
+from maxsep.measure import plots
 
 NOT_HERE = "not measured here"
 TO_DECODE = "the same command with `--decode` measures decoding."
 TO_SCALE = "`python -m maxsep.ablate --runs=ma:1x1,ma:2x2,ma:4x4`, with the same config and another `--workdir`."
 ROLES = ("attention", "dispatch", "embedding, head", "stages", "gradients", "parameters", "statistics")
-KINDS = {  # of memory, as they are drawn one on the other
-    "parameters": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "activations": "activations",
-    "communication": "received by collectives",
-    "copies": "copies of arguments, by XLA",
-    "rest": "all else",
-}
 
 
 @dataclass(frozen=True)
@@ -40,11 +32,8 @@ def sent(result: dict, wire: bool = False) -> dict[str, float]:
 
 
 def memory(result: dict) -> dict[str, int]:
-    """Bytes a device at the peak by the kinds of `KINDS`."""
-    found = result["memory"] or {}
-    known = {kind: found.get(kind, 0) for kind in KINDS}
-    known["rest"] = sum(found.values()) - sum(known.values())
-    return known
+    """Bytes a device at the peak by the kinds of `plots.MEMORY`."""
+    return plots.memory(result["memory"] or {})
 
 
 def shares(result: dict) -> dict[str, float]:
@@ -133,7 +122,7 @@ def _memory(results: list[dict]) -> Table:
         "Weights and optimizer state from the arrays; all else is what the compiler's plan has live at the peak.",
         "All else: batch, results, constants, the optimizer's work, gaps.",
     ]
-    return Table("Memory: MB per device at the peak", ["run", *KINDS.values(), "total"], rows, notes)
+    return Table("Memory: MB per device at the peak", ["run", *plots.MEMORY.values(), "total"], rows, notes)
 
 
 def _products(results: list[dict]) -> Table:
@@ -218,7 +207,9 @@ def _communication(chosen: dict[str, dict]) -> Table:
 
 def _study_memory(chosen: dict[str, dict]) -> Table:
     found = [memory(result) if result["memory"] else None for result in chosen.values()]
-    rows = [[name, *(NOT_HERE if of is None else _mega(of[kind]) for of in found)] for kind, name in KINDS.items()]
+    rows = [
+        [name, *(NOT_HERE if of is None else _mega(of[kind]) for of in found)] for kind, name in plots.MEMORY.items()
+    ]
     rows.append(["total", *(NOT_HERE if of is None else _mega(sum(of.values())) for of in found)])
     return Table("The study's table: memory per device, MB", ["kind", *_study_head(chosen)], rows, [])
 

@@ -5,6 +5,34 @@ from pathlib import Path
 from maxsep.config import ConfigError, paths
 from maxsep.measure.growth import AXES
 
+# One colour a role or kind, in every picture.
+COLORS = {
+    "attention": "#4477aa",
+    "dispatch": "#ee6677",
+    "embedding, head": "#228833",
+    "stages": "#ccbb44",
+    "gradients": "#66ccee",
+    "parameters": "#aa3377",
+    "statistics": "#bbbbbb",
+    "optimizer": "#882255",
+    "activations": "#ddaa33",
+    "communication": "#44aa99",
+    "copies": "#999933",
+    "rest": "#dddddd",
+    "products": "#4477aa",
+    "memory-bound work": "#ddaa33",
+    "exposed communication": "#ee6677",
+}
+MEMORY = {  # kinds of a device's bytes, as they are drawn one on the other
+    "parameters": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations",
+    "communication": "received by collectives",
+    "copies": "copies of arguments, by XLA",
+    "rest": "all else",
+}
+
 
 def check(flag: str, file: str) -> Path:
     """The file of a figure that is to be drawn later.
@@ -20,6 +48,25 @@ def check(flag: str, file: str) -> Path:
     except ImportError:
         raise ConfigError(f"{flag}: needs matplotlib; pip install -e '.[viz]'") from None
     return path
+
+
+def memory(found: dict[str, int]) -> dict[str, int]:
+    """Bytes by the kinds of `MEMORY`, of `found` by any kinds."""
+    known = {kind: found.get(kind, 0) for kind in MEMORY}
+    return known | {"rest": sum(found.values()) - sum(known.values())}
+
+
+def stacked(axes, names: list[str], values: list[dict[str, float]], labels: dict[str, str]) -> None:
+    """A bar for each name, the first on top: its values one on the other, without kinds that are too small to see."""
+    left = [0.0] * len(names)
+    whole = max(sum(of.values()) for of in values)
+    for kind, label in labels.items():
+        widths = [of[kind] for of in values]
+        if max(widths) > 1e-3 * whole:
+            axes.barh(range(len(names)), widths, left=left, color=COLORS[kind], label=label)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def growth(results: list[dict], path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from maxsep import plan
 from maxsep.config import MeshConfig, cli, runs
+from maxsep.measure import plots
 from maxsep.planning import compilation, kept, session, target
 
 CHANGED = {"d_model": 32, "d_ff": 16, "layers": 1}
@@ -106,6 +107,26 @@ def test_a_second_plan_compiles_nothing(whole, capsys, monkeypatch):
     assert "compiling" not in capsys.readouterr().err
 
 
+def test_a_picture_has_what_the_table_has(whole, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    bars, stacked = [], plots.stacked
+
+    def seen(axes, names, values, labels):
+        bars.append((names, values))
+        stacked(axes, names, values, labels)
+
+    monkeypatch.setattr(plots, "stacked", seen)
+    out, png = tmp_path / "plan.json", tmp_path / "plan.png"
+    argv = ["plan", *TINY, "--cluster=cpu:1x2", "--runs=ma:1x2", f"--cache={whole[-1]}"]
+    assert plan.run([*argv, f"--json={out}", f"--picture={png}"]) == cli.DONE
+    assert png.read_bytes().startswith(b"\x89PNG")
+    (row,) = json.loads(out.read_text())["layouts"]
+    (names, (seconds,)), (_, (memory,)) = bars
+    assert names == ["ma:1x2"]
+    assert sum(seconds.values()) == pytest.approx(row["step_seconds"])
+    assert sum(memory.values()) == pytest.approx(row["memory_bytes"]["total"] / 1e9)
+
+
 def test_a_layout_that_does_not_compile_or_whose_child_was_killed_is_a_row(planned, tmp_path, children):
     started, does = children
     does["tp"] = {"error": "JaxRuntimeError: UNIMPLEMENTED: of this kind"}
@@ -188,6 +209,7 @@ MINE = "from configs.clusters import h100\n\ndef get_cluster():\n    {}\n"
         (["--cluster=cpu:1x16", "--runs="], "--runs: none given; takes layout:"),
         (["--cluster=cpu:1x16", "--json={tmp}/none/plan.json"], "--json: got "),
         (["--cluster=cpu:1x16", "--cache={tmp}/mine.py"], "--cache: cannot write in "),
+        (["--cluster=cpu:1x16", "--picture={tmp}/plan.pdf"], "takes a file that ends in .png"),
         (["--cluster=cpu:1x16", "--jobs=0"], "flag --jobs=0: 0 is not a positive integer"),
         (["--cluster=cpu:1x16", "--cach=x"], "Unknown command line flag 'cach'"),
         (["--cluster=cpu:1x16", "all"], "unexpected argument 'all'"),
