@@ -31,3 +31,8 @@ def _gelu_jvp(primals, tangents):
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
     return lax.erfc(-x * 0.5**0.5) / 2
+
+
+def weighted(h: jax.Array, share: jax.Array) -> jax.Array:
+    """Hidden rows times their shares, which are float32 or wider, as is the sum that is their gradient."""
+    return (h.astype(share.dtype) * share).astype(h.dtype)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxsep.model.activation import activate
+from maxsep.model.activation import activate, weighted
 from maxsep.parallel import collectives
 
 MOST_ROWS = 128  # of a block
@@ -28,11 +28,6 @@ def block_rows(rows: int, experts: int) -> int:
 
 def _sizes(block: int) -> tuple[int, ...]:
     return (block, block // 4) if block >= 4 else (block,)
-
-
-def weighted(h: jax.Array, share: jax.Array) -> jax.Array:
-    """Hidden rows times their shares, which are float32 or wider, as is the sum that is their gradient."""
-    return (h.astype(share.dtype) * share).astype(h.dtype)
 
 
 def used_experts(block: int, activation: str, x_rd, rows_e, inputs, w_out, layer: int) -> jax.Array:

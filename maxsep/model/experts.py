@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxsep.config import ModelConfig
 from maxsep.kernels import DTYPES, nvidia
-from maxsep.model.activation import activate
-from maxsep.model.blocked_experts import MOST_ROWS, block_rows, blocked_experts, used_experts, weighted
+from maxsep.model.activation import activate, weighted
+from maxsep.model.blocked_experts import MOST_ROWS, block_rows, blocked_experts, used_experts
 from maxsep.model.parameters import Parameters, use
 
 BLOCKS, GROUPED, RAGGED = "blocks", "grouped", "ragged_dot"

@@ -142,15 +142,15 @@ def test_killed_in_every_phase_whatever_the_config(tmp_path, programs, variant):
 
 
 @pytest.mark.parametrize(
-    "later",
-    [pytest.param(3, marks=pytest.mark.slow), pytest.param(0.25, marks=pytest.mark.exhaustive)],
-    ids=lambda seconds: f"{seconds} s",
+    "times",
+    [pytest.param(1.5, marks=pytest.mark.slow), pytest.param(1.05, marks=pytest.mark.exhaustive)],
+    ids=lambda times: f"x {times}",
 )
-def test_killed_at_any_time(tmp_path, programs, flags, whole, later):
-    """Again and again, a little later each time, wherever that is."""
+def test_killed_at_any_time(tmp_path, programs, flags, whole, times):
+    """Again and again, wherever that is, after `times` as long each time: not many times, however slow the machine."""
     seconds = 2.0
     while kill.killed_after(tmp_path / "run", seconds, *flags):
-        seconds += later
+        seconds *= times
     same(tmp_path / "run", whole)
 
 
