@@ -19,6 +19,7 @@ from maxsep.config import cli, paths
 from maxsep.output import workdir
 from maxsep.output.lock import Lock
 from maxsep.parallel.start import start
+from maxsep.planning import auto
 
 
 def define(values: flags.FlagValues) -> None:
@@ -38,13 +39,15 @@ def main(args: cli.Args) -> None:
         f"runs/{args.config.name}" if named is None else named, exists=not training, written=training
     )
     workdir.check_start(folder, args.config, training)
+    auto.check(args.config, folder)
     workdir.check_tokenizer(folder, args.config, preparation.check(args.config))
     with join.joined(args, folder) as job, Lock(folder, job) if training else nullcontext() as lock:
-        config = start(args.config, args.fit_mesh, training, job)
+        config, plan = auto.settled(args.config, folder, job)
+        config = start(config, args.fit_mesh, training, job)
         from maxsep.training import trainer  # imports JAX, which must wait until the flags are right
 
         if training:
-            trainer.train(config, folder, lock, job)
+            trainer.train(config, folder, lock, job, plan)
         else:
             trainer.evaluate(config, folder, job)
 

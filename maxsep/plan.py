@@ -15,14 +15,14 @@ command resumes where it was stopped, and answers at once when all is there.
 import dataclasses
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 from absl import flags
 
 from maxsep.cluster import process
-from maxsep.config import Config, ConfigError, cli, paths, runs
-from maxsep.config.cluster import load_cluster
-from maxsep.config.validate import tokenizer_ids
+from maxsep.config import ConfigError, cli, paths, runs
+from maxsep.config.cluster import Cluster, load_cluster
 
 DEFAULT = "configs/seed.py"
 
@@ -35,6 +35,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("json", None, "file to write the plan to", flag_values=values)
     flags.DEFINE_string("picture", None, "PNG file to draw time and memory of each layout to", flag_values=values)
     flags.DEFINE_string("cache", None, "folder of compiled results (default in the user's cache)", flag_values=values)
+    flags.DEFINE_string(
+        "measure", None, "cluster file to write, with what this machine's devices reach", flag_values=values
+    )
+    flags.DEFINE_string(
+        "table", None, "measure: Markdown file to add planned beside measured to, as docs/plan.md", flag_values=values
+    )
     flags.DEFINE_integer(
         "jobs", None, "programs to compile at a time (default half of the cores)", lower_bound=1, flag_values=values
     )
@@ -43,67 +49,71 @@ def define(values: flags.FlagValues) -> None:
 def main(args: cli.Args) -> None:
     from maxsep.measure import plots
     from maxsep.output.durable import json_text, write_asked
-    from maxsep.parallel.start import cores
-    from maxsep.planning import candidates, picture, rows, session, simulated, table, target
-    from maxsep.planning.kept import Kept
+    from maxsep.planning import calibration, candidates, kept, picture, planned, table
 
     process.refuse_several("plan")
     options, config = args.flags, args.config
-    if options.cluster is None:
+    named = options.cluster or config.cluster
+    if named is None:
         raise ConfigError("--cluster: none given; takes what to plan for, as a100-80gb:4x4 (4 nodes of 4 devices)")
-    cluster = load_cluster(options.cluster)
+    cluster = load_cluster(named)
     if options.json:
         paths.to_write("--json", options.json)
     if options.picture:
         plots.check("--picture", options.picture)
+    if options.measure:
+        paths.to_write("--measure", options.measure)
+    if options.measure and (cluster.nodes > 1 or not options.measure.endswith(".py")):
+        got = f"got {options.measure} for {cluster.nodes} nodes"
+        raise ConfigError(f"--measure: {got}; takes a file that ends in .py, and a cluster of one node: this machine")
+    if options.table and not options.measure:
+        raise ConfigError("--table: got without --measure, which makes its lines")
     shared = cli.config_arguments(args.argv)
     runs.check_free(shared)
     if options.runs is None:
         configs = candidates.every(config, cluster.devices)
     else:
         configs = candidates.asked(options.runs, config, cluster.devices)
-    versions = target.cuda_versions() if cluster.gpu else {}
-    store = Kept(_cache(options.cache))
-    jobs = options.jobs or max(1, cores() // 2)
-    found = session.compile_all(configs, _ids(config), cluster, versions, store, jobs, _say)
+    cache = kept.folder(options.cache)
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.measure:
+            _say(f"measuring {cluster.devices} devices")
+            cluster = calibration.rated(config, cluster, Path(scratch))
+        plan = planned.plan(config, named, cluster, configs, cache, options.jobs, _say)
+        if options.measure:
+            plan = _measured(plan, cluster, shared, options, Path(scratch))
 
-    cluster = cluster if cluster.gpu else simulated.measured(cluster, config.model.dtype)
-    made = rows.of(configs, found, cluster)
-    best, reason = rows.best(made)
-    device = cluster.gpu.name if cluster.gpu else "simulated CPU device"
-    shape = f"{cluster.nodes} nodes of {cluster.devices_per_node}" if cluster.nodes > 1 else "one node"
-    title = f"{config.name} on {options.cluster}: {cluster.devices} x {device}, {shape}"
-    print(f"{title}\n")
-    print("\n".join([*table.text(made, best, cluster), "", reason]))
+    best = plan.best
+    print(f"{plan.title}\n")
+    print("\n".join([*table.text(plan.rows, best, plan.cluster), "", plan.reason]))
     if best:
         print(f"train it: {shlex.join(['python', 'train.py', *shared, *best.flags])}")
     if options.json:
-        plan = {"config": config.name, "cluster": options.cluster, "layouts": [dataclasses.asdict(row) for row in made]}
-        plan |= {"best": best and best.name, "reason": reason, "source": rows.SOURCE}
-        write_asked("--json", options.json, json_text(plan))
-    if options.picture and not all(row.error for row in made):
-        picture.draw(made, title, cluster, plots.check("--picture", options.picture))
-    if all(row.error for row in made):
-        raise cli.Exit(cli.CRASHED, f"no layout compiled; the first: {made[0].error}")
+        write_asked("--json", options.json, json_text(plan.to_json()))
+    if all(row.error for row in plan.rows):
+        raise cli.Exit(cli.CRASHED, f"no layout compiled; the first: {plan.rows[0].error}")
+    if options.picture:
+        picture.draw(plan.rows, plan.title, plan.cluster, plots.check("--picture", options.picture))
 
 
-def _ids(config: Config) -> int | None:
-    """Number of the tokenizer's ids; None where only a file could tell, and it is not here."""
-    from maxsep.data import tokenizer
+def _measured(plan, cluster: Cluster, shared: list[str], options: flags.FlagValues, folder: Path):
+    """Trains the rows, writes what --measure and --table ask for, and returns the plan at the rates that they reach."""
+    from maxsep.output.durable import write_asked
+    from maxsep.planning import calibration, comparison
 
-    name = config.data.tokenizer
-    if (ids := tokenizer_ids(name)) is not None or not paths.named("data.tokenizer", name).is_file():
-        return ids
-    return tokenizer.of(config).vocab_size
-
-
-def _cache(named: str | None) -> Path:
-    if named is not None:
-        return paths.named("--cache", named)
-    folder = paths.user_cache()
-    if folder is None:
-        raise ConfigError("--cache: none given, and this user has no home; takes a folder to keep what is compiled in")
-    return folder / "plans"
+    measured = comparison.measure(plan, shared, folder, _say)
+    programs, seconds = [plan.program(one.row) for one in measured], [one.seconds for one in measured]
+    fitted = calibration.fitted(programs, seconds, plan.cluster)
+    again = dataclasses.replace(plan, cluster=fitted)
+    print("\n".join(["planned beside measured", *comparison.text(measured, again), ""]))
+    device = "simulated devices of a CPU" if cluster.gpu is None else cluster.gpu.name
+    said = f"Measured on {len(measured)} layouts of {plan.config.name}, {cluster.devices} {device}, by plan --measure."
+    # What this machine has left of its memory is another time's.
+    written = dataclasses.replace(fitted, memory_bytes=cluster.memory_bytes)
+    write_asked("--measure", options.measure, calibration.source(written, said))
+    if options.table:
+        comparison.append(paths.to_write("--table", options.table), measured, plan)
+    return again
 
 
 def _say(text: str) -> None:

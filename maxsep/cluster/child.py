@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from maxsep.cluster.signals import Stop
@@ -15,14 +16,15 @@ from maxsep.cluster.signals import Stop
 CLEAR = "\x1b[2K"  # a terminal's line
 
 
-def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: Stop, shown: bool = True) -> int:
+def run(command: Sequence[str], log: Path | None, environment: dict[str, str], stop: Stop, shown: bool = True) -> int:
     """Runs Python with the arguments `command` until it ends, and returns its status.
 
-    The command and its output go to `log`; if it is `shown`, its last line goes to a terminal too. If `stop` is asked,
-    the child gets SIGTERM, once.
+    The command and its output go to `log`; if it is `shown`, its last line goes to a terminal too. Without a log, what
+    it prints goes to this program's standard error. If `stop` is asked, the child gets SIGTERM, once.
     """
-    with log.open("w", encoding="utf-8") as output:
-        print("$ python", shlex.join(command), file=output, flush=True)
+    with nullcontext(sys.stderr) if log is None else log.open("w", encoding="utf-8") as output:
+        if log is not None:
+            print("$ python", shlex.join(command), file=output, flush=True)
         child = subprocess.Popen(
             [sys.executable, "-m", "maxsep.cluster.tied", str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
@@ -31,7 +33,7 @@ def run(command: Sequence[str], log: Path, environment: dict[str, str], stop: St
             env=environment,
             process_group=0,  # a terminal's Ctrl-C comes to this program alone
         )
-    told, terminal = False, shown and sys.stdout.isatty()
+    told, terminal = False, shown and log is not None and sys.stdout.isatty()
     try:
         while child.poll() is None:
             if stop.asked and not told:

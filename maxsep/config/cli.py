@@ -29,7 +29,9 @@ from maxsep.config import paths, streams
 from maxsep.config.faults import of_the_world
 from maxsep.config.files import load_config
 from maxsep.config.help import page
+from maxsep.config.layouts import AUTO
 from maxsep.config.paths import REPOSITORY
+from maxsep.config.runs import SIZES
 from maxsep.config.schema import (
     Config,
     ConfigError,
@@ -205,6 +207,11 @@ def parse(
         raise ConfigError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     if config is not None:
         validate(config, training=found is None, mesh=not any_mesh)
+    if config is not None and config.layout == AUTO:
+        for path in overridden:
+            if path in SIZES:
+                raise ConfigError(f"{path}: is chosen by layout=auto; takes no flag beside it")
+        fit_mesh = False
     fit_mesh = fit_mesh and not any(path.startswith("mesh.") for path in overridden)
     return Args(values, config, fit_mesh, command, list(given))
 

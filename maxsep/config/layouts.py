@@ -8,6 +8,7 @@ what each row is good for.
 from maxsep.config.schema import ConfigError
 
 AXES = ("stage", "attention", "expert")
+AUTO = "auto"  # no row: the plan's best for config.cluster, which training settles first (planning/auto.py)
 
 LETTERS = {
     "l": "layers",  # a pipeline: micro-batches go from part to part

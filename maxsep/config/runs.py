@@ -5,7 +5,8 @@ from dataclasses import replace
 from maxsep.config.schema import ConfigError, MeshConfig
 
 TAKES = "layout:attention x expert or layout:stage x attention x expert, as ma:4x4,tp:8x2,pp:2x1x8"
-FIELDS = ("layout", "mesh.stage", "mesh.attention", "mesh.expert")  # what a run sets
+SIZES = ("mesh.stage", "mesh.attention", "mesh.expert")
+FIELDS = ("layout", *SIZES)  # what a run sets
 
 
 def parse(text: str, mesh: MeshConfig) -> tuple[str, MeshConfig]:

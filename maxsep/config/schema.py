@@ -183,7 +183,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class Config:
     name: str = "base"  # run name; the default workdir is runs/NAME
-    layout: str = "ma"  # what mesh axes split: ma, ma_folded, tp, pp, tp_pp, zero, or your row (docs/layouts.md)
+    layout: str = "ma"  # what mesh axes split: ma, ma_folded, tp, pp, tp_pp, zero, your row; auto: the plan's best
+    cluster: str | None = None  # what layout=auto plans for, as a100-80gb:4x4; default: this machine's accelerators
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -19,7 +19,8 @@ MOST_DEVICES = 4096  # along an axis, where one is suggested
 def validate(config: Config, training: bool = True, mesh: bool = True) -> None:
     """Checks everything about a config that needs neither a device nor a file.
 
-    Not `training`: for inference, whose batches are made to fit the mesh. Not `mesh`: whatever layout and mesh are.
+    Not `training`: for inference, whose batches are made to fit the mesh. Not `mesh`: whatever layout and mesh are, as
+    for training with `layout=auto`.
 
     Raises:
         ConfigError: the first rule that is broken, as one line.
@@ -29,7 +30,7 @@ def validate(config: Config, training: bool = True, mesh: bool = True) -> None:
     _optimizer(config)
     _data(config)
     _model(config)
-    if mesh:
+    if mesh and not (training and config.layout == layouts.AUTO):
         _mesh(config, training)
 
 

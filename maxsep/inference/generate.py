@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from maxsep.cluster.job import ALONE, Job
 from maxsep.inference.program import Program
 from maxsep.inference.sampling import Sampling
+from maxsep.measure import memory
 from maxsep.parallel.sharding import fetched
 
 TURN_SECONDS = 0.05  # of decoding between two looks at the new tokens, about
@@ -128,7 +129,8 @@ class Generator:
         if (name, key) not in self._programs:
             self.job.at("compiling")
             begin = time.perf_counter()
-            self._programs[name, key] = lowered(*args).compile()
+            takes = "more devices, a smaller --batch_size, or fewer tokens (--max_new_tokens, shorter prompts)"
+            self._programs[name, key] = memory.fitting(lowered(*args), f"the {name} program", takes)
             self.compile_seconds += time.perf_counter() - begin
         return self._programs[name, key]
 

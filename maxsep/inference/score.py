@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from maxsep.cluster.job import ALONE, Job
 from maxsep.inference.generate import padded
 from maxsep.inference.program import Program
+from maxsep.measure import memory
 from maxsep.parallel.sharding import fetched
 
 
@@ -19,8 +20,7 @@ def score(
     """The log-probabilities (nats) of each text's ids from the second on, `batch_size` texts at a time."""
     axes, mesh = program.layout.axes("b"), jax.sharding.get_mesh()
     whole, rows = NamedSharding(mesh, P(axes, None)), NamedSharding(mesh, P(axes))
-    step = jax.jit(program.score)
-    found = []
+    lower, compiled, found = jax.jit(program.score).lower, {}, []
     for first in range(0, len(texts), batch_size):
         batch = texts[first : first + batch_size]
         count = -(-min(batch_size, len(texts)) // program.rows) * program.rows
@@ -31,8 +31,12 @@ def score(
             length_b[row] = len(ids) - 1
             tokens_bs[row, : len(ids) - 1], targets_bs[row, : len(ids) - 1] = ids[:-1], ids[1:]
         arrays = jax.device_put(tokens_bs, whole), jax.device_put(targets_bs, whole), jax.device_put(length_b, rows)
-        job.at("scoring" if first else "compiling")
-        scores = step(weights, *arrays)
+        if (count, length) not in compiled:
+            job.at("compiling")
+            takes = "more devices, a smaller --batch_size, or shorter texts"
+            compiled[count, length] = memory.fitting(lower(weights, *arrays), "the scoring program", takes)
+        job.at("scoring")
+        scores = compiled[count, length](weights, *arrays)
         with job.waiting():
             scores_bs = fetched(scores)[0]
         found += [scores_bs[row, : len(ids) - 1].tolist() for row, ids in enumerate(batch)]

@@ -4,6 +4,8 @@ import math
 
 import jax
 
+from maxsep.config import ConfigError
+from maxsep.config.cluster import cluster_of
 from maxsep.parallel.sharding import axes_of
 
 
@@ -36,3 +38,40 @@ def of_program(compiled) -> dict[str, int] | None:
     if analysis is None:
         return None
     return {"arguments": analysis.argument_size_in_bytes, "temporaries": analysis.temp_size_in_bytes}
+
+
+def fitting(lowered: jax.stages.Lowered, what: str, takes: str) -> jax.stages.Compiled:
+    """A program, compiled, if this process's devices have the memory for it. Simulated devices have no limit.
+
+    Args:
+        lowered: the program.
+        what: it is, for people.
+        takes: what would do instead.
+
+    Raises:
+        ConfigError: it needs more than a device has. It was not run.
+    """
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:  # TPUs' compiler counts by itself
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise ConfigError(f"memory: {what} does not fit ({' '.join(str(e).split())[:200]}); takes {takes}") from e
+    limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in jax.local_devices()]
+    have, stats = min(limits), compiled.memory_analysis()
+    if stats is None or math.isinf(have):
+        return compiled
+    need = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    need += stats.temp_size_in_bytes
+    if need > have:
+        got = f"got {need / 1e9:.1f} GB per device for {what}, where XLA may take {have / 1e9:.1f} GB"
+        raise ConfigError(f"memory: {got}; takes {takes}")
+    return compiled
+
+
+def plan_command() -> str:
+    """The command that tells what fits machines like this one's."""
+    kind, count = jax.local_devices()[0].device_kind, len(jax.local_devices())
+    alone = jax.process_count() == 1
+    cluster = f"{cluster_of(kind) or 'CLUSTER'}:{f'1x{count}' if alone else 'NODESxDEVICES'}"
+    return f"`python -m maxsep.plan --config=FILE --cluster={cluster}`"

@@ -19,6 +19,14 @@ WIRE = {
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
+# Messages that a device sends one after the other, on a ring.
+HOPS = {
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: n - 1,
+    "all-reduce": lambda n: 2 * (n - 1),
+    "all-to-all": lambda n: n - 1,
+    "collective-permute": lambda n: 1,
+}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from maxsep.output.durable import finite, write_json
 RESUME_MAY_CHANGE = (
     "name",
     "layout",
+    "cluster",
     "mesh.",
     "train.steps",
     "train.log_every",

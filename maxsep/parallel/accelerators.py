@@ -45,5 +45,24 @@ def found() -> tuple[str, str] | None:
     return None
 
 
+def nvidia_gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that this process may use, as the driver gives them; [] where nvidia-smi tells of none.
+
+    Of `CUDA_VISIBLE_DEVICES` only the number counts: a machine's GPUs are alike, or are all named.
+    """
+    import subprocess
+
+    if os.environ.get("JAX_PLATFORMS", "cuda").partition(",")[0] not in ("cuda", "gpu", ""):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    names = [line.strip() for line in told.splitlines() if line.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names if visible is None else names[: sum(1 for one in visible.split(",") if one.strip() not in ("", "-1"))]
+
+
 def _gives(name: str, value: str) -> bool:
     return name.startswith(GIVEN) and value.strip() not in ("", NONE.get(name))

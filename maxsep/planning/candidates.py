@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from maxsep.config import Config, ConfigError, runs
-from maxsep.config.layouts import AXES, LAYOUTS, row
+from maxsep.config.layouts import AUTO, AXES, LAYOUTS, row
 from maxsep.config.validate import validate
 
 
@@ -34,17 +34,19 @@ def asked(named: Sequence[str], config: Config, devices: int) -> list[Config]:
     return found
 
 
-def every(config: Config, devices: int) -> list[Config]:
+def every(config: Config, devices: int, field: str = "--cluster") -> list[Config]:
     """The config under each layout, on each mesh of so many devices that it allows; each program once.
 
-    Layouts are those of the table, and the config's own. Only those that split layers have stages.
+    Layouts are those of the table, and the config's own. Only those that split layers have stages. `field` names the
+    setting that has the devices, in the error.
 
     Raises:
         ConfigError: there is none; with what the last one that was tried would take.
     """
     found: dict[tuple, Config] = {}
     refusal: ConfigError | None = None
-    for layout in dict.fromkeys([*LAYOUTS, config.layout]):
+    own = [] if config.layout == AUTO else [config.layout]
+    for layout in dict.fromkeys([*LAYOUTS, *own]):
         for shape in _shapes(devices, staged="stage" in row(layout).get("l", ())):
             mesh = replace(config.mesh, **dict(zip(AXES, shape, strict=True)))
             made = replace(config, layout=layout, mesh=mesh)
@@ -56,7 +58,7 @@ def every(config: Config, devices: int) -> list[Config]:
             found.setdefault(_program(made), made)
     if not found:
         takes = "a number of devices over which some layout can split this config"
-        raise ConfigError(f"--cluster: got {devices} devices; takes {takes}; the last that was tried: {refusal}")
+        raise ConfigError(f"{field}: got {devices} devices; takes {takes}; the last that was tried: {refusal}")
     return list(found.values())
 
 

@@ -18,6 +18,15 @@ SOURCE = (
     "planning/compilation.py",
     "planning/target.py",
 )
+# What a launcher or the start of training sets, and session.py for its children anew.
+NO_MATTER = (
+    "JAX_PLATFORMS",
+    "JAX_NUM_CPU_DEVICES",
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -36,6 +45,7 @@ def key(job: dict[str, Any], versions: dict[str, str]) -> str:
     cluster = {name: job["cluster"][name] for name in ("gpu", "nodes", "devices_per_node")}
     cluster |= {name: job["cluster"][name] for name in ("memory_bytes", "memory_bandwidth")} if gpu else _this_machine()
     settings = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "PJRT_"))}
+    settings = {name: value for name, value in settings.items() if name not in NO_MATTER}
     libraries = {name: metadata.version(name) for name in LIBRARIES} | versions
     parts = [_source(), config, data, job["ids"], cluster, settings, libraries]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -57,6 +67,20 @@ def _source() -> str:
     for path in sorted(path for pattern in SOURCE for path in root.glob(pattern)):
         found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return found.hexdigest()
+
+
+def folder(named: str | None = None) -> Path:
+    """Where results are kept: in the folder `named`, or else in this user's cache.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if named is not None:
+        return paths.named("--cache", named)
+    cache = paths.user_cache()
+    if cache is None:
+        raise ConfigError("--cache: none given, and this user has no home; takes a folder to keep what is compiled in")
+    return cache / "plans"
 
 
 class Kept:

@@ -4,18 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maxsep.config.cluster import Cluster
-from maxsep.measure.program import WIRE
+from maxsep.measure.program import HOPS, WIRE
 
 
 @dataclass(frozen=True)
 class Load:
-    """Bytes that one device sends, over each kind of link."""
+    """Bytes that one device sends, over each kind of link, in so many messages one after the other."""
 
     inside: float
     between: float
+    hops: int
 
     def seconds(self, cluster: Cluster) -> tuple[float, float]:
-        """On the links inside a node, and on those between nodes."""
+        """On the links inside a node, and on those between nodes; without latencies."""
         return self.inside / cluster.inside, self.between / cluster.between
 
 
@@ -33,10 +34,10 @@ def load(kind: str, size: float, groups: Sequence[Sequence[int]], nodes: Sequenc
     """
     crossed = max(len({nodes[partition] for partition in group}) for group in groups)
     if kind == "collective-permute":
-        return Load(size, 0) if crossed == 1 else Load(0, size)
+        return Load(size, 0, 1) if crossed == 1 else Load(0, size, 1)
     devices = max(map(len, groups))
-    near = devices / crossed  # devices of a group in a node
+    near, hops = devices / crossed, HOPS[kind](devices)  # devices of a group in a node
     if kind == "all-to-all":
-        return Load(size * (near - 1) / devices, size * (devices - near) / devices)
+        return Load(size * (near - 1) / devices, size * (devices - near) / devices, hops)
     ring = size * WIRE[kind](devices)
-    return Load(ring if near > 1 else 0, ring / near if crossed > 1 else 0)
+    return Load(ring if near > 1 else 0, ring / near if crossed > 1 else 0, hops)

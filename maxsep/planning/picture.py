@@ -5,7 +5,7 @@ from pathlib import Path
 
 from maxsep.config.cluster import Cluster
 from maxsep.measure import plots
-from maxsep.planning.rows import LARGER_POOL, PARTS, REACHED, Row
+from maxsep.planning.rows import LARGER_POOL, PARTS, Row
 
 SIDES = 0.3, 2.1  # inches: a bar with the gap beside it, and all around the bars
 
@@ -26,7 +26,7 @@ def draw(rows: Sequence[Row], title: str, cluster: Cluster, path: Path) -> None:
     plots.stacked(left, names, seconds, {part: part for part in PARTS})
     for place, row in enumerate(good):
         left.plot(row.ranges["step_seconds"], [place] * 2, color="black", linewidth=1, marker="|", markersize=5)
-    left.set_xlabel(f"seconds per step, by a roofline; line: to that divided by {REACHED}")
+    left.set_xlabel("seconds per step; line: from the fastest to the slowest that is likely")
     sizes = [{kind: size / 1e9 for kind, size in row.memory_bytes.items() if kind != "total"} for row in good]
     plots.stacked(right, names, [plots.memory(of) for of in sizes], plots.MEMORY)
     pool, largest = (LARGER_POOL if cluster.gpu else 1) * cluster.memory_bytes / 1e9, right.get_xlim()[1]

@@ -3,7 +3,8 @@
 A kernel takes what its matrix products take at the device's peak, or its bytes at the memory's bandwidth, whichever is
 longer (Williams, Waterman, Patterson 2009). Kernels run one after the other, collectives one after the other beside
 them. Of a collective that has been started, what has not ended when it is waited for is exposed; of one that nothing
-runs beside, all is. Latencies count nothing.
+runs beside, all is. Of a cluster that has been measured, each rate counts by the share of it that programs reach, and a
+collective takes a latency per message beside its bytes.
 """
 
 from collections import defaultdict
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from maxsep.config.cluster import Cluster
+from maxsep.config.cluster import RATES, Cluster
 from maxsep.measure.schedule import Branches, Collective, Kernel, Loop, Schedule, Step, Wait
 from maxsep.planning.links import Load, load
 
@@ -86,6 +87,8 @@ def price(schedule: Schedule, cluster: Cluster, nodes: Sequence[int]) -> Cost:
         nodes: the node of each partition of the program.
     """
     cost = Cost()
+    reached = cluster.reached or dict.fromkeys(RATES, 1.0)
+    bandwidth = cluster.memory_bandwidth * reached["memory"]
 
     @cache
     def unit(kind: str, groups: int) -> Load:
@@ -99,7 +102,8 @@ def price(schedule: Schedule, cluster: Cluster, nodes: Sequence[int]) -> Cost:
             match step:
                 case Kernel():
                     products = sum(count / rate(cluster, kind) for kind, count in step.flops.items())
-                    waiting = max(0.0, step.moved / cluster.memory_bandwidth - products)
+                    products /= reached["products"]
+                    waiting = max(0.0, step.moved / bandwidth - products)
                     cost.products += times * products
                     cost.memory += times * waiting
                     now += products + waiting
@@ -127,7 +131,7 @@ def price(schedule: Schedule, cluster: Cluster, nodes: Sequence[int]) -> Cost:
     def booked(step: Collective, times: float, own: float) -> tuple[float, list[tuple[Sent, float]]]:
         """Seconds of one, and the rows of its roles with their shares."""
         of_a_byte = unit(step.kind, step.groups)
-        inside, between = (step.size * one for one in of_a_byte.seconds(cluster))
+        inside, between = (step.size * one / reached["links"] for one in of_a_byte.seconds(cluster))
         rows = []
         for role, share in step.roles.items():
             row = cost.sent[role, step.kind, step.name is not None]
@@ -138,7 +142,7 @@ def price(schedule: Schedule, cluster: Cluster, nodes: Sequence[int]) -> Cost:
             row.inside_seconds += times * share * inside
             row.between_seconds += times * share * between
             rows.append((row, share))
-        return inside + between, rows
+        return inside + between + of_a_byte.hops * cluster.latency, rows
 
     def expose(rows: list[tuple[Sent, float]], time: float) -> None:
         for row, share in rows:

@@ -13,6 +13,7 @@ from maxsep.planning.prices import Cost, UnknownRateError, price, rate
 DEFAULT_POOL = 0.75  # of a GPU's memory: what JAX takes by itself
 LARGER_POOL = 0.92  # what train.py lets it take (parallel/start.py), which leaves a GPU of 80 GB some 6 GB
 REACHED = 0.65  # share of a roofline that machines reach, for the range: docs/plan.md, "Planned beside measured"
+ROOFLINE = (1.0, 1 / REACHED)  # measured steps over a roofline's, where nobody has measured the cluster
 ALIKE = 1e-3  # seconds of two orders of the devices that differ by less are the same
 SPEEDS = ("step_seconds", "tokens_per_second_per_device", "mfu", "energy_joules_per_token")
 SOURCE = {  # of the figures
@@ -54,7 +55,7 @@ class Row:
     tokens_per_second_per_device: float | None = None
     mfu: float | None = None
     energy_joules_per_token: float | None = None  # at the devices' power limit
-    ranges: dict[str, list[float]] | None = None  # of the last four: as above, and with the step divided by `REACHED`
+    ranges: dict[str, list[float]] | None = None  # of the last four: at the fastest likely step, and at the slowest
     not_priced: dict[str, int] | None = None  # what is in no figure of time and FLOPs, and how often it is there
     attention_kernel: str | None = None
     compile_cpu_seconds: float | None = None
@@ -97,7 +98,11 @@ def _filled(
     roles: Counter[str] = Counter()
     for (role, _, _), sent in cost.sent.items():
         roles[role] += sent.operand_bytes
-    speeds, slower = (_speeds(step, facts, config.model.products, cluster) for step in (cost.step, cost.step / REACHED))
+    least, most = cluster.spread or ROOFLINE
+    speeds, *ends = (
+        _speeds(step, facts, config.model.products, cluster)
+        for step in (cost.step, cost.step * least, cost.step * most)
+    )
     links = ("inside", "between")
     return replace(
         row,
@@ -119,7 +124,7 @@ def _filled(
         memory_seconds=cost.memory,
         exposed_seconds=cost.exposed,
         **speeds,
-        ranges={name: [speeds[name], slower[name]] for name in SPEEDS},
+        ranges={name: [end[name] for end in ends] for name in SPEEDS},
         not_priced=program.unknown,
         attention_kernel=facts["kernel"],
         compile_cpu_seconds=facts["cpu_seconds"],

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from maxsep.config.cluster import Cluster
 from maxsep.measure.report import columns
-from maxsep.planning.rows import DEFAULT_POOL, LARGER_POOL, REACHED, Row, largest_part
+from maxsep.planning.rows import DEFAULT_POOL, LARGER_POOL, REACHED, ROOFLINE, Row, largest_part
 
 
 def text(rows: Sequence[Row], best: Row | None, cluster: Cluster) -> list[str]:
@@ -44,8 +44,18 @@ def _needs(rows: Sequence[Row], best: Row | None, cluster: Cluster) -> list[str]
         ]
     else:
         lines.append(f"fits: of {giga(cluster.memory_bytes)} GB, a device's share of what this machine has left.")
-    lines += [f"Times: from a roofline of the compiled step to that divided by {REACHED}. Nothing was run."]
-    return lines
+    return [*lines, _basis(cluster)]
+
+
+def _basis(cluster: Cluster) -> str:
+    """What the times are."""
+    if cluster.reached is None:
+        return f"Times: from a roofline of the compiled step to that divided by {REACHED}. Nothing was run."
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in cluster.reached.items())
+    least, most = cluster.spread or ROOFLINE
+    reached = f"{shares}; {cluster.latency * 1e3:.2g} ms per message of a collective"
+    fitted = f"at the shares of the cluster's rates that measured steps reach ({reached})"
+    return f"Times: of the compiled step, {fitted}, times {least:.2f} to {most:.2f}."
 
 
 def _times(rows: Sequence[Row]) -> list[str]:

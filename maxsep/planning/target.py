@@ -24,8 +24,8 @@ def attempts(products: str) -> list[dict[str, Any]]:
     return [options | (LIBRARY if products == "float32" else {}) for options in OPTIONS]
 
 
-def cuda_versions() -> dict[str, str]:
-    """What compiles for NVIDIA GPUs, by distribution: JAX's plugin, and cuDNN.
+def cuda_versions(field: str = "--cluster") -> dict[str, str]:
+    """What compiles for NVIDIA GPUs, by distribution: JAX's plugin, and cuDNN. `field` names the setting in errors.
 
     Raises:
         ConfigError: the extra `cuda` is missing, or of another version than JAX.
@@ -37,11 +37,11 @@ def cuda_versions() -> dict[str, str]:
             continue
         if found[plugin] != _version("jaxlib"):
             got = f"got {plugin} {found[plugin]} beside jaxlib {_version('jaxlib')}"
-            raise ConfigError(f"--cluster: {got}; takes the same version: {INSTALL}")
+            raise ConfigError(f"{field}: {got}; takes the same version: {INSTALL}")
         if cudnn not in found:
-            raise ConfigError(f"--cluster: {plugin} is here without {cudnn}; takes the extra cuda: {INSTALL}")
+            raise ConfigError(f"{field}: {plugin} is here without {cudnn}; takes the extra cuda: {INSTALL}")
         return found
-    raise ConfigError(f"--cluster: to compile for GPUs takes the extra cuda, which is not installed: {INSTALL}")
+    raise ConfigError(f"{field}: to compile for GPUs takes the extra cuda, which is not installed: {INSTALL}")
 
 
 def _version(distribution: str) -> str | None:

@@ -102,8 +102,13 @@ class Run:
         return jax.jit(self.program.train_step, donate_argnums=0).lower(self.abstract_state, batch)
 
     def compile_train_step(self):
-        """The compiled train step."""
-        return self.lower_train_step().compile()
+        """The compiled train step.
+
+        Raises:
+            ConfigError: an accelerator has less memory than it needs.
+        """
+        takes = f"what {memory.plan_command()} shows to fit, a larger train.accumulation, or model.remat=full"
+        return memory.fitting(self.lower_train_step(), "the train step", takes)
 
     def new_state(self, job: Job = ALONE) -> TrainState:
         """Step 0, with weights drawn from the seed or those that `train.init_from` names."""

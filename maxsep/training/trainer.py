@@ -21,8 +21,10 @@ from maxsep.training.loop import Loop, Position
 from maxsep.training.run import Run
 
 
-def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
+def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE, plan: dict | None = None) -> None:
     """Trains to `train.steps`, from the start or from the run's latest checkpoint; in all processes of the job alike.
+
+    `plan`: which chose the layout (planning/auto.py), for the run's `config.json`.
 
     Raises:
         ConfigError: what the user asked for cannot be; nothing was written.
@@ -48,6 +50,8 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
         about = corpus.described
         if job.count > 1:
             about["watchdog"] = f"{job.watchdog:g} s per step or batch of an evaluation, {seconds:.0f} s per save"
+        if plan is not None:
+            about["plan"] = f"for {plan['cluster']}, of {plan['layouts']} layouts and meshes: {plan['reason']}"
         console.say(console.table(f"maxsep: {config.name}", run.described() | about))
         if not (resuming and workdir.of_this_machine(folder)):
             job.at("checking kernels")
@@ -55,7 +59,8 @@ def train(config: Config, folder: Path, lock: Lock, job: Job = ALONE) -> None:
                 console.say(checked)
         state = None if saved else run.new_state(job)  # may refuse train.init_from: before anything is written
         at, finished = Position(), False
-        write_config = partial(workdir.write_config, folder, config, corpus.fingerprint, corpus.tokenizer.fingerprint)
+        fingerprints = corpus.fingerprint, corpus.tokenizer.fingerprint
+        write_config = partial(workdir.write_config, folder, config, *fingerprints, plan=plan)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.take()

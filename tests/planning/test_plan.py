@@ -185,6 +185,8 @@ def test_the_kept_depend_on_all_that_makes_the_program(monkeypatch):
     keys.append(key())
     assert len({base, *keys}) == 1 + len(keys)
     monkeypatch.undo()
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
     assert key("--config.name=other", "--config.data.cache=elsewhere") == base
 
 
