@@ -111,7 +111,7 @@ def test_between_stages_go_activations_and_no_weights():
     sent = [i for i in step.by_name.values() if i.collective and step.devices(i) > 1]
     permutes = [i for i in sent if i.collective == "collective-permute"]
     loops = [i for i in step.by_name.values() if i.body]
-    ticks = [i.trips for i in loops if any(j in permutes for j in step.computations[i.body])]
+    ticks = [step.trips(i) for i in loops if any(j in permutes for j in step.computations[i.body])]
     assert ticks == [micro_batches + stages - 1] * 2, "forward and backward, one permute a tick"
     activations = rows * T * D
     assert [array.elements for i in permutes for array in i.arrays] == [activations] * 2

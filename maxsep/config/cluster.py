@@ -36,11 +36,20 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Like devices in `nodes` like nodes.
+class Tpu:
+    """What XLA asks about a TPU that it compiles for."""
 
-    Rates are those of data sheets, per device. In a cluster of CPUs (`gpu` is None) the devices are simulated on this
-    machine; rates that are None are measured here.
+    name: str  # of its generation, as JAX's topologies have it: v5e
+    kind: str  # as JAX names the device
+    slices: dict[int, str]  # by the number of their chips, how these are arranged
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Like devices in `nodes` like nodes; a slice of TPUs is one node.
+
+    Rates are those of data sheets, per device. In a cluster of CPUs (`gpu` and `tpu` are None) the devices are
+    simulated on this machine; rates that are None are measured here.
     """
 
     gpu: Gpu | None
@@ -54,8 +63,20 @@ class Cluster:
     latency: float = 0.0  # seconds of each message of a collective beside its bytes: n - 1 on a ring of n devices
     reached: dict[str, float] | None = None  # share of the rates that programs reach, by `RATES`
     spread: tuple[float, float] | None = None  # least and most of measured steps over planned ones
+    tpu: Tpu | None = None
     nodes: int = 1
     devices_per_node: int = 1
+
+    @property
+    def simulated(self) -> bool:
+        return self.gpu is None and self.tpu is None
+
+    @property
+    def device(self) -> str:
+        """What its devices are, for people."""
+        if self.simulated:
+            return "simulated CPU device"
+        return self.gpu.name if self.gpu else f"TPU {self.tpu.name}"
 
     @property
     def devices(self) -> int:
@@ -76,7 +97,10 @@ def load_cluster(text: str, field: str = "--cluster") -> Cluster:
         raise ConfigError(f"{field}: got {text!r}; takes {TAKES}")
     nodes, devices = int(sizes[1]), int(sizes[2])
     cluster = replace(_of_file(name, field), nodes=nodes, devices_per_node=devices)
-    if cluster.gpu is None and nodes > 1:
+    if cluster.tpu and (nodes > 1 or devices not in cluster.tpu.slices):
+        takes = f"1xN, one slice of N chips: {', '.join(map(str, cluster.tpu.slices))}"
+        raise ConfigError(f"{field}: got {text}; takes {takes}")
+    if cluster.simulated and nodes > 1:
         raise ConfigError(f"{field}: got {text}; takes 1x{nodes * devices}, as CPU devices are simulated in one node")
     if cluster.devices > MOST:
         raise ConfigError(f"{field}: got {text} = {cluster.devices} devices; takes at most {MOST}")
@@ -124,7 +148,9 @@ def _check(where: str, cluster: Cluster) -> None:
 
     if cluster.gpu is not None and not isinstance(cluster.gpu, Gpu):
         raise ConfigError(f"{where}: gpu: got {cluster.gpu!r}; takes a Gpu, or None for simulated devices")
-    simulated = cluster.gpu is None
+    if cluster.tpu is not None and (not isinstance(cluster.tpu, Tpu) or cluster.gpu is not None):
+        raise ConfigError(f"{where}: tpu: got {cluster.tpu!r}; takes a Tpu, or None beside a gpu")
+    simulated = cluster.simulated
     for field in ("memory_bytes", "memory_bandwidth", "inside", "between"):
         need(field, getattr(cluster, field), simulated)
     need("watts", cluster.watts, True)

@@ -135,29 +135,57 @@ class Generator:
         return self._programs[name, key]
 
     def _prefill(self, batch: "Batch", sampling: Sampling):
-        prefill = jax.jit(self.program.prefill, static_argnums=(6, 7))
-        return prefill.lower(self.weights, *batch.arrays, sampling, batch.slots, batch.most)
+        return lower_prefill(self.program, self.weights, batch.arrays, batch.shape, sampling)
 
     def _decode(self, state, sampling: Sampling):
-        return jax.jit(self.program.decode, donate_argnums=1).lower(self.weights, state, sampling, np.int32(1))
+        return lower_decode(self.program, self.weights, state, sampling)
+
+
+class Shape(NamedTuple):
+    """Of a batch, with padding that its layout divides."""
+
+    rows: int
+    length: int  # of the prompts
+    slots: int  # of the cache
+    most: int  # new tokens
+
+    @classmethod
+    def of(cls, program: Program, count: int, length: int, most: int) -> "Shape":
+        """For so many prompts of at most `length` tokens, and at most `most` new tokens each."""
+        rows = -(-count // program.rows) * program.rows
+        length, most = padded(length, program.layout.ways("s")), -(-most // SIZES) * SIZES
+        return cls(rows, length, -(-(length + most - 1) // SIZES) * SIZES, most)
+
+
+def lower_prefill(program: Program, weights, arrays, shape: Shape, sampling: Sampling) -> jax.stages.Lowered:
+    """Prefill of a batch's `arrays`, abstract or not: prompts, their lengths, numbers and limits."""
+    prefill = jax.jit(program.prefill, static_argnums=(6, 7))
+    return prefill.lower(weights, *arrays, sampling, shape.slots, shape.most)
+
+
+def lower_decode(program: Program, weights, state, sampling: Sampling) -> jax.stages.Lowered:
+    """Decoding of what prefill returns, which it takes the place of."""
+    return jax.jit(program.decode, donate_argnums=1).lower(weights, state, sampling, np.int32(1))
 
 
 class Batch:
     """Prompts as arrays on the mesh: padded to a length and a number of rows that the layout divides."""
 
     def __init__(self, program: Program, prompts, limits, first_number: int = 0, rows: int = 1):
-        count = -(-max(rows, len(prompts)) // program.rows) * program.rows
-        length = padded(max(map(len, prompts)), program.layout.ways("s"))
-        self.most = -(-max(limits) // SIZES) * SIZES
-        self.slots = -(-(length + self.most - 1) // SIZES) * SIZES
+        self.shape = Shape.of(program, max(rows, len(prompts)), max(map(len, prompts)), max(limits))
+        count, length = self.shape.rows, self.shape.length
         tokens_bs, length_b = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
         number_b, limit_b = np.arange(count, dtype=np.int32) + first_number, np.ones(count, np.int32)
         for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             tokens_bs[row, : len(prompt)], length_b[row], limit_b[row] = prompt, len(prompt), limit
-        axes, mesh = program.layout.axes("b"), jax.sharding.get_mesh()
-        rows, whole = NamedSharding(mesh, P(axes)), NamedSharding(mesh, P(axes, None))
+        whole, rows = shardings(program)
         self.arrays = (jax.device_put(tokens_bs, whole), *jax.device_put([length_b, number_b, limit_b], rows))
-        self.shape = (count, length, self.slots, self.most)
+
+
+def shardings(program: Program) -> tuple[NamedSharding, NamedSharding]:
+    """Of prompts [B, S], and of what there is one of per prompt, on the mesh that is set."""
+    axes, mesh = program.layout.axes("b"), jax.sharding.get_mesh()
+    return NamedSharding(mesh, P(axes, None)), NamedSharding(mesh, P(axes))
 
 
 def padded(length: int, parts: int) -> int:

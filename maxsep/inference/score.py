@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from maxsep.cluster.job import ALONE, Job
-from maxsep.inference.generate import padded
+from maxsep.inference.generate import padded, shardings
 from maxsep.inference.program import Program
 from maxsep.measure import memory
 from maxsep.parallel.sharding import fetched
@@ -18,8 +16,7 @@ def score(
     program: Program, weights: dict, texts: Sequence[Sequence[int]], batch_size: int, job: Job = ALONE
 ) -> list[list[float]]:
     """The log-probabilities (nats) of each text's ids from the second on, `batch_size` texts at a time."""
-    axes, mesh = program.layout.axes("b"), jax.sharding.get_mesh()
-    whole, rows = NamedSharding(mesh, P(axes, None)), NamedSharding(mesh, P(axes))
+    whole, rows = shardings(program)
     lower, compiled, found = jax.jit(program.score).lower, {}, []
     for first in range(0, len(texts), batch_size):
         batch = texts[first : first + batch_size]

@@ -74,7 +74,7 @@ class Plan:
 
 def read(folder: Path) -> tuple[hlo.Module, Plan | None] | None:
     """The program compiled last of those dumped in `folder`, and its plan, if that was told; None: no program."""
-    texts = sorted(folder.glob("*_after_optimizations.txt"), key=lambda path: path.stat().st_mtime)
+    texts = sorted(folder.glob("*[_.]after_optimizations.txt"), key=lambda path: path.stat().st_mtime)
     if not texts:
         return None
     module, stem = hlo.parse(texts[-1].read_text()), texts[-1].with_suffix("")
@@ -87,7 +87,7 @@ def parse(assignment: str, live_ranges: str) -> Plan:
     """XLA's dumped texts as a plan."""
     lives = re.findall(r"^    (\S+):(\d+)-(\d+)$", live_ranges.partition("BufferLiveRange:")[2], re.MULTILINE)
     times = {name: (int(first), int(last)) for name, first, last in lives}
-    sizes, values, kind = Counter(), [], ""
+    sizes, values, kind = Counter(), [], None
     for line in assignment.splitlines():
         if header := _ALLOCATION.match(line):
             kind = _kind(header[3])
@@ -102,7 +102,10 @@ def parse(assignment: str, live_ranges: str) -> Plan:
     return Plan(*(sizes[kind] for kind in ("arguments", "results", "constants", "temporaries")), tuple(values))
 
 
-def _kind(words: str) -> str:
+def _kind(words: str) -> str | None:
+    """Of an allocation; None: it lies in another memory, as a TPU's on the chip, or in a thread's own."""
+    if "color" in words or "thread-local" in words:
+        return None
     if " parameter " in words:
         return "arguments"
     if "preallocated-temp" in words:

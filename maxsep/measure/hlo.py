@@ -13,7 +13,8 @@ from maxsep.parallel.rounds import further
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16}  # of an element; of other types their name says the bits
 
-_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_ON_CHIP = re.compile(r":T\(.*S\(1\)")  # in a TPU's layout: its vector memory
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # 0, 1, ... in these dimensions, transposed
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -25,6 +26,7 @@ class Array:
 
     dtype: str
     dims: tuple[int, ...]
+    on_chip: bool = False  # in a memory of its own beside the device's
 
     @property
     def elements(self) -> int:
@@ -72,14 +74,6 @@ class Instruction:
         listed = re.fullmatch(r"(.*?/)\((.*:.*)\)", self.path)
         own = [listed[1] + path for path in listed[2].split(":")] if listed else []
         return own if len(own) == len(self.operands) else [self.path] * len(self.operands)
-
-    @property
-    def trips(self) -> int | None:
-        """How often a loop runs; None where that depends on the data. Of further rounds (`in_rounds`): 0, as usual."""
-        if further(self.path):
-            return 0
-        found = re.search(r'known_trip_count":\{"n":"(\d+)"', self.attributes)
-        return int(found[1]) if found else None
 
     @property
     def collective(self) -> str | None:
@@ -135,13 +129,30 @@ class Module:
         """
         yield from self._run(self.entry, 1, busy)
 
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a loop runs; None where that depends on the data. Of further rounds (`in_rounds`): 0, as usual.
+
+        XLA says so, but for TPUs. There a loop of JAX's with a known length still counts from 0 to a constant.
+        """
+        if further(loop.path):
+            return 0
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        test = self.root(re.search(r"condition=%?([\w.-]+)", loop.attributes)[1])
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+        counter, end = map(self.made, test.operands)
+        if counter.opcode != "parameter" or end.opcode != "constant":
+            return None
+        return int(re.match(r"\d+", end.attributes)[0])
+
     def _run(self, name: str, times: float | None, busy: float) -> Iterator[tuple[Instruction, float | None]]:
         for instruction in self.computations[name]:
             yield instruction, times
             inner = times
             if instruction.opcode == "while":
-                known = times == 0 or None not in (times, instruction.trips)
-                inner = times * (instruction.trips or 0) if known else None
+                trips = self.trips(instruction)
+                inner = times * (trips or 0) if times == 0 or None not in (times, trips) else None
             elif instruction.opcode == "conditional" and times is not None:
                 inner = times * busy
             for called in instruction.called:
@@ -194,7 +205,10 @@ def parse(text: str) -> Module:
 
 def arrays(shape: str) -> list[Array]:
     """The arrays of a written shape, of a tuple all."""
-    return [Array(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(shape)]
+    return [
+        Array(dtype, tuple(map(int, filter(None, dims.split(",")))), bool(_ON_CHIP.search(layout)))
+        for dtype, dims, layout in _ARRAY.findall(shape)
+    ]
 
 
 def _arguments(rest: str) -> str:

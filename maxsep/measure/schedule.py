@@ -4,6 +4,7 @@ XLA has scheduled it: kernels run one after the other, and beside them what has 
 """
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,17 +94,19 @@ class Schedule:
 KINDS = {kind.__name__: kind for kind in (Kernel, Collective, Wait, Loop, Branches, Schedule)}
 
 
-def of(module: Module, busy: float = 1, filled: float = 1) -> Schedule:
+def of(module: Module, busy: float = 1, filled: float = 1, used: float | None = None) -> Schedule:
     """The schedule of a compiled program.
 
     Args:
         module: the program.
         busy: share of a pipeline's ticks in which a stage has work.
         filled: share of a grouped product's rows that there are at a balanced load.
+        used: matrices of a grouped product that have rows; None: all.
     """
     groups: dict[tuple, int] = {}
     unknown: Counter[str] = Counter()
     pending: set[str] = set()
+    fused = _fused(module)
 
     def steps(name: str) -> tuple[Step, ...]:
         return tuple(step for instruction in module.computations[name] for step in made(instruction))
@@ -112,9 +115,10 @@ def of(module: Module, busy: float = 1, filled: float = 1) -> Schedule:
         if i.opcode == "while" and further(i.path):
             unknown[f"a loop of further rounds, in {part_of(i.path)}"] += 1
         elif i.opcode == "while":
-            if i.trips is None:
+            trips = module.trips(i)
+            if trips is None:
                 unknown[f"a loop whose length depends on the data, in {part_of(i.path)}"] += 1
-            yield Loop(1 if i.trips is None else i.trips, steps(i.body))
+            yield Loop(1 if trips is None else trips, steps(i.body))
         elif i.opcode == "conditional":
             yield Branches(tuple(map(steps, i.called)))
         elif i.opcode == "call":
@@ -122,15 +126,22 @@ def of(module: Module, busy: float = 1, filled: float = 1) -> Schedule:
         elif module.started(i).collective:
             if module.devices(module.started(i)) > 1:
                 yield collective(module.started(i), i)
+        elif i.name in fused:
+            name, starts = fused[i.name]
+            if starts:
+                yield collective(starts, i, name)
+            else:
+                yield Wait(name)
         elif i.opcode.endswith("-done") and i.operands[0] in pending:
             yield Wait(i.operands[0])
         elif i.opcode not in work.FREE and not i.opcode.endswith(("-done", "-update")):
             kernel = module.started(i)
             if work.product(module, kernel) is None:
                 unknown[kernel.target] += 1
-            yield Kernel(dict(work.flops(module, kernel, filled)), work.moved(module, kernel))
+            yield Kernel(dict(work.flops(module, kernel, filled)), work.moved(module, kernel, used))
 
-    def collective(i: Instruction, start: Instruction) -> Collective:
+    def collective(i: Instruction, start: Instruction, name: str | None = None) -> Collective:
+        """Of the collective `i` that `start` starts; `name`: that of the `Wait` for it, where XLA has fused both."""
         sizes: Counter[str] = Counter()
         for operand, path in zip(i.operands, i.paths, strict=True):
             sizes[role(path)] += sum(array.bytes for array in module.arrays(operand))
@@ -140,9 +151,33 @@ def of(module: Module, busy: float = 1, filled: float = 1) -> Schedule:
         if later:
             pending.add(start.name)
         number = groups.setdefault(among, len(groups))
-        return Collective(i.collective, shares, total, number, start.name if later else None)
+        return Collective(i.collective, shares, total, number, start.name if later else name)
 
     return Schedule(steps(module.entry), tuple(groups), busy, dict(unknown))
+
+
+def _fused(module: Module) -> dict[str, tuple[str, Instruction | None]]:
+    """For TPUs, XLA fuses the start and the end of a collective with other work, and repeats it in what runs beside it.
+
+    Returns:
+        by the fusion that starts or ends one: the name of what it starts, and the collective, None where it ends.
+    """
+    found, started = {}, {}
+    for i in module.by_name.values():
+        if i.opcode != "fusion":
+            continue
+        inside = module.within(i.called[0])
+        sends = next((j for j in inside if j.collective), None)
+        targets = {j.target for j in inside}
+        if sends is None or not targets & {"AsyncCollectiveStart", "AsyncCollectiveDone"}:
+            continue
+        chain = re.search(r'chain_id="(\w+)"', sends.attributes)[1]
+        if "AsyncCollectiveStart" in targets:
+            started[chain] = i.name
+            found[i.name] = i.name, sends
+        else:
+            found[i.name] = started[chain], None
+    return found
 
 
 def to_json(part: Any) -> Any:

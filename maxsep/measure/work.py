@@ -5,10 +5,21 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+import numpy as np
+
 from maxsep.kernels import HIGHEST, ROWS, WEIGHTS
 from maxsep.measure.hlo import Array, Instruction, Module
 
-PLAIN = ("AllocateBuffer", "TopK", "__cub$DeviceRadixSort")  # custom calls without products
+PLAIN = (  # custom calls without products
+    "AllocateBuffer",
+    "TopK",
+    "__cub$DeviceRadixSort",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveDone",
+    "AsyncCollectiveStart",
+    "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
+)
 TRITON = "__gpu$xla.gpu.triton"  # kernels of Pallas
 # A pass of attention, in products of queries and keys: forward two, backward five (recomputed scores are one of them).
 FORWARD, BACKWARD = 2, 5
@@ -36,6 +47,8 @@ def product(module: Module, instruction: Instruction, filled: float = 1) -> Coun
     """
     if instruction.opcode == "dot":
         return _dot(module, instruction)
+    if instruction.opcode == "convolution":
+        return _convolution(module, instruction)
     if (target := instruction.target) is None or target in PLAIN:
         return Counter()
     if re.match(r"__cublas\$(gemm|lt\$matmul)", target):
@@ -62,6 +75,33 @@ def _dot(module: Module, dot: Instruction) -> Counter[str]:
     return Counter({left.dtype + highest: 2 * dot.arrays[0].elements * depth})
 
 
+def _convolution(module: Module, call: Instruction) -> Counter[str]:
+    """What XLA makes of a product for TPUs: a batch, or the heads, may be dimensions with a window.
+
+    Of each such dimension count the places of the window that meet an element: others are padding.
+    """
+    left, right = (module.arrays(operand)[0] for operand in call.operands[:2])
+    inputs, weights, outputs = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", call.attributes).groups()
+    window = dict(re.findall(r"(\w+)=(\S+?)(?=[ }])", (re.search(r"window=\{(.*?\})", call.attributes) or ["", ""])[1]))
+    spatial = sorted(set(outputs) - {"b", "f"})
+
+    def each(name: str, default: str) -> list[str]:
+        return window[name].split("x") if name in window else [default] * len(spatial)
+
+    result, met = call.arrays[0].dims, 1
+    names = ("size", "1"), ("stride", "1"), ("pad", "0_0"), ("lhs_dilate", "1"), ("rhs_dilate", "1")
+    for dim, *of in zip(spatial, *(each(*name) for name in names), strict=True):
+        pad = int(of[2].partition("_")[0])
+        size, stride, dilated, apart = (int(of[at]) for at in (0, 1, 3, 4))
+        last = (left.dims[inputs.index(dim)] - 1) * dilated
+        places = (np.arange(result[outputs.index(dim)]) * stride)[:, None] + np.arange(size) * apart - pad
+        met *= int(((places >= 0) & (places <= last) & (places % dilated == 0)).sum())
+    depth = right.dims[weights.index("i")]
+    highest = " highest" if re.search(r"operand_precision={highest", call.attributes) else ""
+    one = result[outputs.index("b")] * result[outputs.index("f")]
+    return Counter({left.dtype + highest: 2 * one * met * depth})
+
+
 def _grouped(module: Module, call: Instruction, kernel: re.Match, filled: float) -> Counter[str]:
     """Ours: rows [R, K] with matrices [E, K, N], or with rows [R, N] for the gradient of these."""
     x, other = (module.arrays(operand)[0] for operand in call.operands[-2:])
@@ -79,19 +119,27 @@ def _attention(module: Module, call: Instruction) -> Counter[str]:
     return Counter({queries.dtype: one * (BACKWARD if "Backward" in call.target else FORWARD) / causal})
 
 
-def moved(module: Module, kernel: Instruction) -> int:
+def moved(module: Module, kernel: Instruction, used: float | None = None) -> int:
     """Bytes that a kernel reads from memory and writes to it, each once: what lies in caches and registers is free.
 
-    Of an operand that is only sliced the slices count; of a result that takes an operand's place, what is written.
+    Of an operand that is only sliced the slices count; of a result that takes an operand's place, what is written. Of a
+    grouped product's matrices count as many as have rows: `used`, or all.
     """
     operands = [_bytes(module.arrays(operand)) for operand in kernel.operands]
+    if kernel.opcode == "copy-start":
+        return sum(operands) + _bytes(kernel.arrays[:1])
     if kernel.opcode.startswith("fusion") and kernel.called:
         return _of_fusion(module, kernel.called[0])
     if kernel.opcode in SLICES:
-        return 2 * _bytes(kernel.arrays) + sum(operands[1:])
+        source = module.arrays(kernel.operands[0])[0]
+        read = 0 if source.on_chip else sum(array.bytes for array in kernel.arrays)
+        return read + _bytes(kernel.arrays) + sum(operands[1:])
     if kernel.opcode == "dynamic-update-slice":
         return 2 * operands[1]
     if kernel.opcode == "custom-call":
+        if used is not None and kernel.target == TRITON and re.search(f"/{ROWS}", kernel.path):
+            matrices = module.arrays(kernel.operands[-1])[0].dims[0]
+            operands[-1] = round(operands[-1] * min(1, used / matrices))
         workspaces = ("s8", "u8")
         return sum(operands) + _bytes([array for array in kernel.arrays if array.dtype not in workspaces])
     return sum(operands) + _bytes(kernel.arrays)
@@ -118,7 +166,7 @@ def _of_fusion(module: Module, name: str) -> int:
         updated = [user for user, first in using if first and user.opcode == "dynamic-update-slice"]
         if len(sliced) + len(updated) < len(using):
             return whole
-        return min(whole, sum(_bytes(user.arrays) for user in sliced))
+        return min(whole, sum(array.bytes for user in sliced for array in user.arrays))
 
     def written(result: Instruction) -> int:
         if result.opcode in ("tuple", "bitcast"):
@@ -131,4 +179,5 @@ def _of_fusion(module: Module, name: str) -> int:
 
 
 def _bytes(arrays: list[Array]) -> int:
-    return sum(array.bytes for array in arrays)
+    """Of those that lie in the device's memory."""
+    return sum(array.bytes for array in arrays if not array.on_chip)

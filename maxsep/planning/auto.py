@@ -44,8 +44,7 @@ def check(config: Config, folder: Path) -> None:
 
     cluster = load_cluster(config.cluster, FIELD)
     candidates.every(config, cluster.devices, FIELD)
-    if cluster.gpu:
-        target.cuda_versions(FIELD)
+    target.versions(cluster, FIELD)
 
 
 def settled(config: Config, folder: Path, job: Job = ALONE) -> tuple[Config, dict[str, Any] | None]:

@@ -26,7 +26,7 @@ PRIOR = 0.1  # weight of a share's logarithm beside a row's: few rows cannot tel
 
 def environment(cluster: Cluster) -> dict[str, str]:
     """That of a child that runs on the cluster's devices."""
-    return dict(os.environ) | ({} if cluster.gpu else {"JAX_PLATFORMS": "cpu"})
+    return dict(os.environ) | ({"JAX_PLATFORMS": "cpu"} if cluster.simulated else {})
 
 
 def run(command: Sequence[str], log: Path, cluster: Cluster, what: str) -> None:

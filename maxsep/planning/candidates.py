@@ -1,17 +1,18 @@
 """Which layouts and meshes to plan for: all that a cluster's devices allow, or those asked for."""
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from maxsep.config import Config, ConfigError, runs
+from maxsep.config import Config, ConfigError, MeshConfig, runs
 from maxsep.config.layouts import AUTO, AXES, LAYOUTS, row
 from maxsep.config.validate import validate
 
 
-def asked(named: Sequence[str], config: Config, devices: int) -> list[Config]:
-    """The config on each of the runs that are written as `runs.TAKES` says.
+def asked(named: Sequence[str], config: Config, devices: int, training: bool = True) -> list[Config]:
+    """The config on each of the runs that are written as `runs.TAKES` says, to train it or for inference.
 
     Raises:
         ConfigError: one is mistyped, is there twice, does not fit the config, or has another number of devices.
@@ -23,7 +24,7 @@ def asked(named: Sequence[str], config: Config, devices: int) -> list[Config]:
         if made in found:
             raise ConfigError(f"--runs: got {runs.name(layout, mesh)} twice; takes each once")
         try:
-            validate(made)
+            validate(made, training)
         except ConfigError as e:
             raise ConfigError(f"--runs: {run}: {e}") from e
         if mesh.devices != devices:
@@ -34,7 +35,7 @@ def asked(named: Sequence[str], config: Config, devices: int) -> list[Config]:
     return found
 
 
-def every(config: Config, devices: int, field: str = "--cluster") -> list[Config]:
+def every(config: Config, devices: int, field: str = "--cluster", training: bool = True) -> list[Config]:
     """The config under each layout, on each mesh of so many devices that it allows; each program once.
 
     Layouts are those of the table, and the config's own. Only those that split layers have stages. `field` names the
@@ -51,7 +52,7 @@ def every(config: Config, devices: int, field: str = "--cluster") -> list[Config
             mesh = replace(config.mesh, **dict(zip(AXES, shape, strict=True)))
             made = replace(config, layout=layout, mesh=mesh)
             try:
-                validate(made)
+                validate(made, training)
             except ConfigError as e:
                 refusal = e
                 continue
@@ -62,11 +63,34 @@ def every(config: Config, devices: int, field: str = "--cluster") -> list[Config
     return list(found.values())
 
 
+def limits(config: Config, devices: int, training: bool = True) -> list[str]:
+    """A line for each layout of the table that cannot use so many devices: how many it can."""
+    return [
+        f"{layout}: cannot use all {devices} devices; at most {mesh.devices}, as {runs.name(layout, mesh)}"
+        for layout in LAYOUTS
+        if (mesh := _largest(config, layout, devices, training)) is not None and mesh.devices < devices
+    ]
+
+
+def _largest(config: Config, layout: str, devices: int, training: bool) -> MeshConfig | None:
+    """The first mesh of the most devices that the layout allows, all or a part of them that divides them."""
+    for count in reversed(_divisors(devices)):
+        for shape in _shapes(count, staged="stage" in row(layout).get("l", ())):
+            mesh = replace(config.mesh, **dict(zip(AXES, shape, strict=True)))
+            with contextlib.suppress(ConfigError):
+                validate(replace(config, layout=layout, mesh=mesh), training)
+                return mesh
+    return None
+
+
 def _shapes(devices: int, staged: bool) -> Iterator[tuple[int, int, int]]:
-    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
-    for stage, attention in itertools.product(divisors, repeat=2):
+    for stage, attention in itertools.product(_divisors(devices), repeat=2):
         if devices % (stage * attention) == 0 and (stage > 1) == staged:
             yield stage, attention, devices // (stage * attention)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _program(config: Config) -> tuple:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maxsep.config import ConfigError, cli, paths
-from maxsep.config.cluster import Cluster
 from maxsep.measure.report import columns
 from maxsep.planning import calibration
 from maxsep.planning.planned import Plan
@@ -100,9 +99,10 @@ def _line(one: Measured, plan: Plan) -> str:
     there = "not told" if one.memory_bytes is None else f"{giga(one.memory_bytes)} (the compiler's count there)"
     seconds = f"{row.ranges['step_seconds'][0]:.3g}–{row.ranges['step_seconds'][1]:.3g}"
     share = f"{row.step_seconds / one.seconds:.2f}"
-    cells = f"`{config.name}`, `{row.name}`", _devices(plan.cluster), giga(row.memory_bytes["total"]), there
+    cells = (
+        f"`{config.name}`, `{row.name}`",
+        f"{plan.cluster.devices} × {plan.cluster.device}",
+        giga(row.memory_bytes["total"]),
+        there,
+    )
     return f"| {' | '.join([*cells, seconds, f'{one.seconds:.3g}', share])} |"
-
-
-def _devices(cluster: Cluster) -> str:
-    return f"{cluster.devices} × {cluster.gpu.name if cluster.gpu else 'simulated CPU device'}"

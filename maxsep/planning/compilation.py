@@ -1,4 +1,4 @@
-"""One compilation for a cluster, a process of its own: `python -m maxsep.planning.compilation JOB OUT`.
+"""The compilations of a layout for a cluster, a process of its own: `python -m maxsep.planning.compilation JOB OUT`.
 
 JOB is a JSON file with what `job` makes; what `compiled` finds is written to OUT, or the `error` with which XLA refuses
 the program.
@@ -14,68 +14,135 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maxsep.config import Config, from_config_dict
-from maxsep.config.cluster import Cluster, Gpu
+from maxsep.config import Config, from_config_dict, runs
+from maxsep.config.cluster import Cluster, Gpu, Tpu
 from maxsep.output.durable import write_json
 from maxsep.planning import target
 
 
-def job(config: Config, ids: int | None, cluster: Cluster, cudnn: str | None) -> dict[str, Any]:
-    """What is to be compiled, as JSON: the step of `config` for a cluster; `ids` are the tokenizer's."""
-    return {"config": dataclasses.asdict(config), "ids": ids, "cluster": dataclasses.asdict(cluster), "cudnn": cudnn}
+def job(
+    config: Config, ids: int | None, cluster: Cluster, cudnn: str | None, decode: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """What is to be compiled, as JSON: the programs of `config` for a cluster; `ids` are the tokenizer's.
+
+    `decode`: None for the train step; for inference the `batch` of prompts, `context` tokens each, and `new` tokens.
+    """
+    name = runs.name(config.layout, config.mesh)
+    if decode is not None:
+        name += f", batch {decode['batch']}, context {decode['context']}"
+    made = {"name": name, "config": dataclasses.asdict(config), "ids": ids, "cluster": dataclasses.asdict(cluster)}
+    return made | {"cudnn": cudnn, "decode": decode}
 
 
-def compiled(config: Config, ids: int | None, cluster: Cluster, cudnn: str | None) -> dict[str, Any]:
-    """Compiles the train step that train.py runs, and reads the program.
+def compiled(
+    config: Config, ids: int | None, cluster: Cluster, cudnn: str | None, decode: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """Compiles what train.py or infer.py runs, and reads the programs.
 
     Returns:
-        `memory`: bytes per device by kind, at the peak, as `buffers.by_kind` has them, and their `total`. `schedule`:
-        of `schedule.to_json`. `inner`: what `mesh.inner` is or auto chooses. `nodes`: of each partition, under either
-        choice. `model_flops`, `tokens`: of a step. `bubble`. `kernel`: of attention. `cpu_seconds` of this
-        process until now.
+        `memory`: bytes per device by kind, at the peak, and their `total`: of training the kinds of `buffers.by_kind`,
+        of inference `weights`, `cache` and `rest`. `schedule`: of `schedule.to_json`, of the step, or of decoding, in
+        which a token is one turn of a loop; `prefill`: that of prefill. `inner`: what `mesh.inner` is or auto chooses.
+        `nodes`: of each partition, under either choice. `model_flops`, `tokens`: of a step. `bubble`. `kernel`: of
+        attention. `cpu_seconds` of this process until now.
     """
     from maxsep.parallel.start import settle
 
-    settle(config, 1 if cluster.gpu else cluster.devices)
+    settle(config, cluster.devices if cluster.simulated else 1)
 
     import jax
 
-    from maxsep.measure import buffers, schedule
     from maxsep.parallel import mesh, order
-    from maxsep.training.run import Run
 
     devices = _devices(cluster, cudnn)
+    options = target.attempts(config.model.products) if cluster.gpu else [{}]
     # The order of the devices changes no instruction, and XLA has complaints about another than this.
-    with jax.set_mesh(mesh.mesh_of(mesh.arranged(devices, config.mesh, "expert"))), tempfile.TemporaryDirectory() as d:
-        run = Run(config, end_of_text=0, ids=ids)  # any id: what it costs does not depend on it
-        _compile(run.lower_train_step(), target.attempts(config.model.products) if cluster.gpu else [{}], d)
-        module, plan = buffers.read(Path(d))
+    with jax.set_mesh(mesh.mesh_of(mesh.arranged(devices, config.mesh, "expert"))):
+        found = _training(config, ids, options) if decode is None else _decoding(config, ids, options, **decode)
     near, places = cluster.devices_per_node, range(cluster.devices)
     orders = {inner: mesh.arranged(places, config.mesh, inner).ravel() for inner in ("attention", "expert")}
-    return {
-        "memory": buffers.by_kind(module, plan, run.abstract_state) | {"total": plan.peak},
-        "schedule": schedule.to_json(schedule.of(module, 1 - run.bubble, run.filled)),
+    return found | {
         "inner": order.inner(config, near),
         "nodes": {inner: [int(device) // near for device in order] for inner, order in orders.items()},
-        "model_flops": run.flops,
-        "tokens": run.tokens,
-        "bubble": run.bubble,
-        "kernel": run.program.kernel,
         "cpu_seconds": time.process_time(),
     }
 
 
-def _compile(lowered, attempts: Sequence[dict[str, Any]], folder: str) -> None:
-    """Compiles with the first options with which XLA can, and dumps the program."""
+def _training(config: Config, ids: int | None, options: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    from maxsep.measure import buffers, schedule
+    from maxsep.training.run import Run
+
+    run = Run(config, end_of_text=0, ids=ids)  # any id: what it costs does not depend on it
+    module, plan = _compile(run.lower_train_step(), options)
+    return {
+        "memory": buffers.by_kind(module, plan, run.abstract_state) | {"total": plan.peak},
+        "schedule": schedule.to_json(schedule.of(module, 1 - run.bubble, run.filled)),
+        "model_flops": run.flops,
+        "tokens": run.tokens,
+        "bubble": run.bubble,
+        "kernel": run.program.kernel,
+    }
+
+
+def _decoding(
+    config: Config, ids: int | None, options: Sequence[dict[str, Any]], batch: int, context: int, new: int
+) -> dict[str, Any]:
+    """Prefill and decoding of as many prompts of as many tokens, greedy."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from maxsep.inference import generate
+    from maxsep.inference.program import Program
+    from maxsep.inference.sampling import Sampling
+    from maxsep.measure import memory, schedule
+    from maxsep.parallel.sharding import on_mesh
+
+    platform = jax.sharding.get_mesh().devices.flat[0].platform
+    program, sampling = Program(config, end_of_text=0, ids=ids, platform=platform), Sampling.of(0.0)
+    shape, (whole, rows) = generate.Shape.of(program, batch, context, new), generate.shardings(program)
+    weights = on_mesh(jax.eval_shape(program.weights, on_mesh(program.abstract)))
+    prompts = jax.ShapeDtypeStruct((shape.rows, shape.length), jnp.int32, sharding=whole)
+    arrays = (prompts, *[jax.ShapeDtypeStruct((shape.rows,), jnp.int32, sharding=rows)] * 3)
+    prefill = functools.partial(program.prefill, slots=shape.slots, most=shape.most)
+    state = on_mesh(jax.eval_shape(prefill, weights, *arrays, sampling))
+    first, at_first = _compile(generate.lower_prefill(program, weights, arrays, shape, sampling), options)
+    each, at_each = _compile(generate.lower_decode(program, weights, state, sampling), options)
+    sizes = {"weights": memory.bytes_on_device(weights), "cache": memory.bytes_on_device(state.cache)}
+    total = max(at_first.peak, at_each.peak)
+
+    def used(tokens: int) -> float:
+        """Of a device's experts, those that some token chooses where all are as likely; it has one at least."""
+        model, single = config.model, program.single
+        # Devices whose experts are others, or other parts of the same, share their tokens.
+        apart = max(1, single.ways("b") // single.ways("e") // single.ways("f"))
+        chosen = 1 - (1 - model.top_k / model.experts) ** max(1, tokens / apart)
+        return max(1, model.experts / single.ways("e") * chosen)
+
+    return {
+        "memory": sizes | {"rest": total - sum(sizes.values()), "total": total},
+        "schedule": schedule.to_json(schedule.of(each, used=used(batch))),
+        "prefill": schedule.to_json(schedule.of(first, used=used(batch * context))),
+        "kernel": None,
+    }
+
+
+def _compile(lowered, attempts: Sequence[dict[str, Any]]) -> tuple:
+    """Compiles with the first options with which XLA can: the program, and its memory."""
     from jax.errors import JaxRuntimeError
 
+    from maxsep.measure import buffers
+
     for number, options in enumerate(attempts, 1):
-        try:
-            lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | options)
-            return
-        except JaxRuntimeError as e:
-            if target.SPILLS not in str(e) or number == len(attempts):
-                raise
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | options)
+                return buffers.read(Path(folder))
+            except JaxRuntimeError as e:
+                if target.SPILLS not in str(e) or number == len(attempts):
+                    raise
+    raise AssertionError("no options")
 
 
 def _devices(cluster: Cluster, cudnn: str | None) -> list:
@@ -83,8 +150,12 @@ def _devices(cluster: Cluster, cudnn: str | None) -> list:
     import jax
     from jax.experimental import topologies
 
-    if cluster.gpu is None:
+    if cluster.simulated:
         return jax.devices()[: cluster.devices]
+    if cluster.tpu:
+        name = f"{cluster.tpu.name}:{cluster.tpu.slices[cluster.devices]}"
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        return sorted(found.devices, key=lambda device: device.id)
     text = target.description(cluster, cudnn)
     found = topologies.get_topology_desc(platform="cuda", target_config=text, topology=target.topology(cluster))
     return sorted(found.devices, key=lambda device: device.id)
@@ -93,12 +164,15 @@ def _devices(cluster: Cluster, cudnn: str | None) -> list:
 def main(named: str, out: str) -> None:
     gc.disable()  # the process is short
     values = json.loads(Path(named).read_text(encoding="utf-8"))
-    gpu = values["cluster"].pop("gpu")
-    cluster = Cluster(gpu=gpu and Gpu(**gpu), **values["cluster"])
+    gpu, tpu = (values["cluster"].pop(kind) for kind in ("gpu", "tpu"))
+    if tpu:
+        tpu["slices"] = {int(chips): shape for chips, shape in tpu["slices"].items()}
+    cluster = Cluster(gpu=gpu and Gpu(**gpu), tpu=tpu and Tpu(**tpu), **values["cluster"])
     from jax.errors import JaxRuntimeError
 
     try:
-        found = compiled(from_config_dict(values["config"]), values["ids"], cluster, values["cudnn"])
+        config = from_config_dict(values["config"])
+        found = compiled(config, values["ids"], cluster, values["cudnn"], values["decode"])
     except JaxRuntimeError as e:  # by XLA, which will always say so
         found = {"error": _line(e)}
     write_json(Path(out), found, None)

@@ -14,7 +14,7 @@ from maxsep.output.durable import write_json
 from maxsep.parallel.start import cores
 
 SOURCE = (
-    *(f"{package}/*.py" for package in ("config", "kernels", "measure", "model", "parallel", "training")),
+    *(f"{package}/*.py" for package in ("config", "inference", "kernels", "measure", "model", "parallel", "training")),
     "planning/compilation.py",
     "planning/target.py",
 )
@@ -41,13 +41,16 @@ def key(job: dict[str, Any], versions: dict[str, str]) -> str:
     """
     config = {name: value for name, value in job["config"].items() if name not in ("name", "data")}
     data = {name: job["config"]["data"][name] for name in ("sequence_length", "cross_document_attention")}
-    gpu = job["cluster"]["gpu"]
-    cluster = {name: job["cluster"][name] for name in ("gpu", "nodes", "devices_per_node")}
-    cluster |= {name: job["cluster"][name] for name in ("memory_bytes", "memory_bandwidth")} if gpu else _this_machine()
+    there = job["cluster"]
+    cluster = {name: there[name] for name in ("gpu", "tpu", "nodes", "devices_per_node")}
+    if there["gpu"] or there["tpu"]:
+        cluster |= {name: there[name] for name in ("memory_bytes", "memory_bandwidth")}
+    else:
+        cluster |= _this_machine()
     settings = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "PJRT_"))}
     settings = {name: value for name, value in settings.items() if name not in NO_MATTER}
     libraries = {name: metadata.version(name) for name in LIBRARIES} | versions
-    parts = [_source(), config, data, job["ids"], cluster, settings, libraries]
+    parts = [_source(), config, data, job["ids"], job["decode"], cluster, settings, libraries]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

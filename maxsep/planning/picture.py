@@ -5,7 +5,7 @@ from pathlib import Path
 
 from maxsep.config.cluster import Cluster
 from maxsep.measure import plots
-from maxsep.planning.rows import LARGER_POOL, PARTS, Row
+from maxsep.planning.rows import PARTS, Row, pool
 
 SIDES = 0.3, 2.1  # inches: a bar with the gap beside it, and all around the bars
 
@@ -29,9 +29,9 @@ def draw(rows: Sequence[Row], title: str, cluster: Cluster, path: Path) -> None:
     left.set_xlabel("seconds per step; line: from the fastest to the slowest that is likely")
     sizes = [{kind: size / 1e9 for kind, size in row.memory_bytes.items() if kind != "total"} for row in good]
     plots.stacked(right, names, [plots.memory(of) for of in sizes], plots.MEMORY)
-    pool, largest = (LARGER_POOL if cluster.gpu else 1) * cluster.memory_bytes / 1e9, right.get_xlim()[1]
-    if pool < 4 * largest:  # else the bars could not be seen beside it
-        right.axvline(pool, color="black", linewidth=1, linestyle="--", label="what fits")
+    there, largest = pool(cluster) * cluster.memory_bytes / 1e9, right.get_xlim()[1]
+    if there < 4 * largest:  # else the bars could not be seen beside it
+        right.axvline(there, color="black", linewidth=1, linestyle="--", label="what fits")
     right.set_xlabel("GB (1e9 bytes) per device")
     for panel, kinds in zip(panels, (PARTS, plots.MEMORY), strict=True):
         # As many lines of it below both, so that the bars of a row lie beside each other.

@@ -13,7 +13,7 @@ from maxsep.config.validate import tokenizer_ids
 from maxsep.measure import schedule
 from maxsep.measure.schedule import Schedule
 from maxsep.parallel.start import cores
-from maxsep.planning import rows, session, simulated, target
+from maxsep.planning import compilation, rows, session, simulated, target
 from maxsep.planning.kept import Kept
 from maxsep.planning.rows import Row
 
@@ -46,10 +46,7 @@ class Plan:
     @property
     def title(self) -> str:
         """What was planned, in a line."""
-        cluster = self.cluster
-        device = cluster.gpu.name if cluster.gpu else "simulated CPU device"
-        shape = f"{cluster.nodes} nodes of {cluster.devices_per_node}" if cluster.nodes > 1 else "one node"
-        return f"{self.config.name} on {self.named}: {cluster.devices} x {device}, {shape}"
+        return title(self.config, self.named, self.cluster)
 
     def program(self, row: Row) -> tuple[Schedule, list[int]]:
         """What the row's program does, and the node of each of its partitions."""
@@ -62,6 +59,12 @@ class Plan:
         layouts = [dataclasses.asdict(row) for row in self.rows]
         plan = {"config": self.config.name, "cluster": self.named, "layouts": layouts}
         return plan | {"best": self.best and self.best.name, "reason": self.reason, "source": rows.SOURCE}
+
+
+def title(config: Config, named: str, cluster: Cluster) -> str:
+    """What is planned for which devices, in a line."""
+    shape = f"{cluster.nodes} nodes of {cluster.devices_per_node}" if cluster.nodes > 1 else "one node"
+    return f"{config.name} on {named}: {cluster.devices} x {cluster.device}, {shape}"
 
 
 def plan(
@@ -87,14 +90,24 @@ def plan(
         ConfigError: the cache cannot be written, or the extra `cuda` is missing.
         cli.Exit: a signal has stopped it.
     """
-    versions = target.cuda_versions() if cluster.gpu else {}
-    jobs = jobs or max(1, cores() // 2)
-    found = session.compile_all(list(configs), _ids(config), cluster, versions, Kept(cache), jobs, say)
-    cluster = cluster if cluster.gpu else simulated.measured(cluster, config.model.dtype)
-    return Plan(config, configs, found, named, cluster)
+    versions = target.versions(cluster)
+    cudnn, ids = target.cudnn(versions), tokenizer_size(config)
+    asked = [compilation.job(one, ids, cluster, cudnn) for one in configs]
+    found = session.compile_all(asked, versions, Kept(cache), jobs or at_a_time(), say)
+    return Plan(config, configs, found, named, rated(cluster, config))
 
 
-def _ids(config: Config) -> int | None:
+def at_a_time() -> int:
+    """Programs to compile at a time: half of the cores."""
+    return max(1, cores() // 2)
+
+
+def rated(cluster: Cluster, config: Config) -> Cluster:
+    """The cluster with all its rates: those that simulated devices lack are measured."""
+    return simulated.measured(cluster, config.model.dtype) if cluster.simulated else cluster
+
+
+def tokenizer_size(config: Config) -> int | None:
     """Number of the tokenizer's ids; None where only a file could tell, and it is not here."""
     from maxsep.data import tokenizer
 

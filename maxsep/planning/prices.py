@@ -66,6 +66,7 @@ def rate(cluster: Cluster, kind: str) -> float:
     """
     names = {
         "bf16": ("bfloat16",),
+        "bf16 highest": ("bfloat16",),
         "f16": ("bfloat16",),
         "f32": ("tf32", "float32"),
         "f32 highest": ("float32",),

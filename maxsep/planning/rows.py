@@ -94,7 +94,7 @@ def _filled(
     row: Row, config: Config, facts: dict[str, Any], program: schedule.Schedule, cost: Cost, cluster: Cluster
 ) -> Row:
     total, chosen = facts["memory"]["total"], config.mesh.inner != "auto" or row.inner != facts["inner"]
-    default, larger = (DEFAULT_POOL, LARGER_POOL) if cluster.gpu else (1, 1)
+    default, larger = DEFAULT_POOL if cluster.gpu else 1, pool(cluster)
     roles: Counter[str] = Counter()
     for (role, _, _), sent in cost.sent.items():
         roles[role] += sent.operand_bytes
@@ -129,6 +129,11 @@ def _filled(
         attention_kernel=facts["kernel"],
         compile_cpu_seconds=facts["cpu_seconds"],
     )
+
+
+def pool(cluster: Cluster) -> float:
+    """The share of a device's memory that a program may have."""
+    return LARGER_POOL if cluster.gpu else 1
 
 
 def _speeds(step: float, facts: dict[str, Any], products: str, cluster: Cluster) -> dict[str, float | None]:

@@ -11,28 +11,23 @@ from typing import Any
 
 from maxsep.cluster import child
 from maxsep.cluster.signals import Stop
-from maxsep.config import Config, ConfigError, cli, runs
-from maxsep.config.cluster import Cluster
-from maxsep.planning import compilation, kept, target
+from maxsep.config import ConfigError, cli
+from maxsep.planning import kept, target
 from maxsep.planning.table import giga
 
 
 def compile_all(
-    configs: list[Config],
-    ids: int | None,
-    cluster: Cluster,
+    asked: list[dict[str, Any]],
     versions: dict[str, str],
     store: kept.Kept,
     jobs: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """What `compilation.compiled` finds of each config; of one that does not compile, only an `error`.
+    """What `compilation.compiled` finds of each job; of one that does not compile, only an `error`.
 
     Args:
-        configs: checked, one for each layout and mesh.
-        ids: number of the tokenizer's ids; None: not known, all of the vocabulary.
-        cluster: to compile for.
-        versions: of what compiles for GPUs.
+        asked: the jobs, as `compilation.job` makes them.
+        versions: of what compiles for the cluster.
         store: what has been found before, and where the rest goes as it comes.
         jobs: how many to compile at a time.
         say: takes a line of progress.
@@ -41,14 +36,12 @@ def compile_all(
         cli.Exit: a signal has stopped it.
         ConfigError: what was found cannot be kept, or there is no room to work in.
     """
-    cudnn = next((version for name, version in versions.items() if "cudnn" in name), None)
-    asked = [compilation.job(config, ids, cluster, cudnn) for config in configs]
     keys = [kept.key(job, versions) for job in asked]
     found = [store.read(key) for key in keys]
     missing = [at for at, facts in enumerate(found) if facts is None]
     if not missing:
         return found
-    say(f"compiling {len(missing)} of {len(configs)} programs, {jobs} at a time; stopped, the same command resumes")
+    say(f"compiling {len(missing)} of {len(asked)} layouts, {jobs} at a time; stopped, the same command resumes")
     began = time.monotonic()
     # Leaving the pool waits for the processes, which `stop` ends.
     with Stop() as stop, tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
@@ -61,9 +54,8 @@ def compile_all(
                 found[at] = facts
                 if lasting:
                     store.write(keys[at], facts)
-                name = runs.name(configs[at].layout, configs[at].mesh)
                 told = facts.get("error") or f"{giga(facts['memory']['total'])} GB per device"
-                say(f"[{done}/{len(missing)}, {time.monotonic() - began:.0f} s] {name}: {told}")
+                say(f"[{done}/{len(missing)}, {time.monotonic() - began:.0f} s] {asked[at]['name']}: {told}")
         except BaseException:
             stop.asked = "an error"
             raise
@@ -77,7 +69,7 @@ def _compile(job: dict[str, Any], scratch: Path, stop: Stop) -> tuple[dict[str, 
     if stop.asked:
         return None, False
     named, out, log = (scratch.with_suffix(suffix) for suffix in (".job", ".out", ".log"))
-    environment = os.environ | (target.ENVIRONMENT if job["cluster"]["gpu"] else {"JAX_PLATFORMS": "cpu"})
+    environment = os.environ | target.ENVIRONMENT
     # Of a program from JAX's own cache XLA tells nothing.
     environment |= {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     environment.pop("JAX_NUM_CPU_DEVICES", None)

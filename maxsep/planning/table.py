@@ -34,28 +34,33 @@ def _needs(rows: Sequence[Row], best: Row | None, cluster: Cluster) -> list[str]
         speeds = [_range(row, "step_seconds"), _range(row, "tokens_per_second_per_device", ",.0f")]
         speeds += [_range(row, "mfu", ".0f", 100), _range(row, "energy_joules_per_token", unit=1e3)]
         cells.append((marked, row.inner, giga(row.memory_bytes["total"]), fits, *speeds, largest_part(row)))
-    lines = columns([head, *cells])
-    lines += ["", "GB (1e9 bytes) per device: what XLA reserves for the state, a batch and the step."]
+    return [*columns([head, *cells]), "", *needed(cluster), basis(cluster)]
+
+
+def needed(cluster: Cluster) -> list[str]:
+    """What the columns of memory are."""
+    lines = ["GB (1e9 bytes) per device: what XLA reserves for the program, its arguments and results."]
     if cluster.gpu:
-        lines += [
-            f"fits: in {LARGER_POOL:.0%} of a device's {giga(cluster.memory_bytes)} GB, as train.py lets XLA take "
+        return [
+            *lines,
+            f"fits: in {LARGER_POOL:.0%} of a device's {giga(cluster.memory_bytes)} GB, as maxsep lets XLA take "
             f"(XLA's default: {DEFAULT_POOL:.0%}); no: with the GB that a device would need.",
             "NCCL, workspaces and the CUDA context take 1 to 3 GB more, which are not counted.",
         ]
-    else:
-        lines.append(f"fits: of {giga(cluster.memory_bytes)} GB, a device's share of what this machine has left.")
-    return [*lines, _basis(cluster)]
+    if cluster.tpu:
+        return [*lines, f"fits: in a device's {giga(cluster.memory_bytes)} GB."]
+    return [*lines, f"fits: of {giga(cluster.memory_bytes)} GB, a device's share of what this machine has left."]
 
 
-def _basis(cluster: Cluster) -> str:
+def basis(cluster: Cluster) -> str:
     """What the times are."""
     if cluster.reached is None:
-        return f"Times: from a roofline of the compiled step to that divided by {REACHED}. Nothing was run."
+        return f"Times: from a roofline of the compiled program to that divided by {REACHED}. Nothing was run."
     shares = ", ".join(f"{name} {share:.0%}" for name, share in cluster.reached.items())
     least, most = cluster.spread or ROOFLINE
     reached = f"{shares}; {cluster.latency * 1e3:.2g} ms per message of a collective"
     fitted = f"at the shares of the cluster's rates that measured steps reach ({reached})"
-    return f"Times: of the compiled step, {fitted}, times {least:.2f} to {most:.2f}."
+    return f"Times: of the compiled program, {fitted}, times {least:.2f} to {most:.2f}."
 
 
 def _times(rows: Sequence[Row]) -> list[str]:
@@ -74,8 +79,12 @@ def _times(rows: Sequence[Row]) -> list[str]:
         "products at peak, memory-bound work beyond them, and exposed communication, which nothing covers: the step.",
         "inside, between: what collectives take on the links of a node and between nodes, covered or not.",
     ]
-    unknown = sorted({name for row in rows for name in row.not_priced})
-    return lines + [f"not priced: {name}{_counted(name)}" for name in unknown]
+    return lines + not_priced({name for row in rows for name in row.not_priced})
+
+
+def not_priced(names: set[str]) -> list[str]:
+    """A line for each thing that is in no figure."""
+    return [f"not priced: {name}{_counted(name)}" for name in sorted(names)]
 
 
 def _counted(name: str) -> str:
@@ -101,12 +110,12 @@ def _detail(row: Row) -> list[str]:
 
 
 def _range(row: Row, name: str, form: str | None = None, unit: float = 1) -> str:
+    return "unknown" if getattr(row, name) is None else span([x * unit for x in row.ranges[name]], form)
+
+
+def span(values: Sequence[float], form: str | None = None) -> str:
     """From the lower figure to the higher."""
-    if getattr(row, name) is None:
-        return "unknown"
-    return "–".join(
-        f"{value:{form}}" if form else _three(value) for value in sorted(x * unit for x in row.ranges[name])
-    )
+    return "–".join(f"{value:{form}}" if form else _three(value) for value in sorted(values))
 
 
 def _three(value: float) -> str:

@@ -15,7 +15,12 @@ OPTIONS = (QUICK | {"xla_gpu_disable_gpuasm_optimizations": True}, QUICK, AS_THE
 # Exact products of float32 are cuBLAS's: as kernels of Triton they take minutes to compile.
 LIBRARY = {"xla_gpu_enable_triton_gemm": False}
 SPILLS = "No supported config found"  # what XLA then says
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+ENVIRONMENT = {  # of who compiles: no device of this machine but its CPU is touched
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "TPU_SKIP_MDS_QUERY": "1",  # no question to Google Cloud about the machine
+}
 INSTALL = "pip install -c constraints.txt -e '.[cuda]'"
 
 
@@ -24,12 +29,24 @@ def attempts(products: str) -> list[dict[str, Any]]:
     return [options | (LIBRARY if products == "float32" else {}) for options in OPTIONS]
 
 
-def cuda_versions(field: str = "--cluster") -> dict[str, str]:
-    """What compiles for NVIDIA GPUs, by distribution: JAX's plugin, and cuDNN. `field` names the setting in errors.
+def versions(cluster: Cluster, field: str = "--cluster") -> dict[str, str]:
+    """What compiles for the cluster's devices, by distribution; none for simulated ones, which JAX itself compiles for.
+
+    `field` names the setting in errors.
 
     Raises:
-        ConfigError: the extra `cuda` is missing, or of another version than JAX.
+        ConfigError: the extra `cuda` or `tpu` is missing, or of another version than JAX.
     """
+    if cluster.tpu:
+        if (found := _version("libtpu")) is None:
+            install = INSTALL.replace("cuda", "tpu")
+            raise ConfigError(f"{field}: to compile for TPUs takes the extra tpu, which is not installed: {install}")
+        return {"libtpu": found}
+    return _cuda_versions(field) if cluster.gpu else {}
+
+
+def _cuda_versions(field: str) -> dict[str, str]:
+    """JAX's plugin for NVIDIA GPUs, and cuDNN."""
     for cuda in (12, 13):
         plugin, cudnn = f"jax-cuda{cuda}-pjrt", f"nvidia-cudnn-cu{cuda}"
         found = {name: version for name in (plugin, cudnn) if (version := _version(name))}
@@ -42,6 +59,11 @@ def cuda_versions(field: str = "--cluster") -> dict[str, str]:
             raise ConfigError(f"{field}: {plugin} is here without {cudnn}; takes the extra cuda: {INSTALL}")
         return found
     raise ConfigError(f"{field}: to compile for GPUs takes the extra cuda, which is not installed: {INSTALL}")
+
+
+def cudnn(versions: dict[str, str]) -> str | None:
+    """The version of cuDNN; None: nothing compiles for GPUs."""
+    return next((version for name, version in versions.items() if "cudnn" in name), None)
 
 
 def _version(distribution: str) -> str | None:

@@ -229,7 +229,7 @@ def test_a_step_sends_tokens_and_no_weights():
         program = generator(c).program
         batch = Batch(program, prompts(c), LIMITS)
         weights = jax.eval_shape(program.weights, program.abstract)
-        prefill = functools.partial(program.prefill, slots=batch.slots, most=batch.most)
+        prefill = functools.partial(program.prefill, slots=batch.shape.slots, most=batch.shape.most)
         state = jax.eval_shape(prefill, weights, *batch.arrays, GREEDY)
         mesh = jax.sharding.get_mesh().abstract_mesh
         found = sent(program.decode, weights, state, GREEDY, np.int32(2), mesh=mesh)

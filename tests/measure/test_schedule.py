@@ -44,6 +44,54 @@ def test_an_asynchronous_collective_runs_until_it_is_waited_for(form):
     assert found.groups == (((0, 1), (2, 3)),)
 
 
+CHAINED = """%{name} (p: f32[8]) -> f32[32] {{
+  %{name}.p = f32[8]{{0}} parameter(0)
+  %{name}.g = f32[32]{{0}} all-gather(%{name}.p), replica_groups=[2,2]<=[4], frontend_attributes={{chain_id="0"}}
+  ROOT %{name}.r = f32[32]{{0}} {root}
+}}
+"""
+
+
+def test_one_that_a_tpu_fuses_with_what_runs_beside_it_counts_once():
+    roots = {
+        "start": 'custom-call(%start.g), custom_call_target="AsyncCollectiveStart"',
+        "beside": "negate(%beside.g)",
+        "done": 'custom-call(%done.g), custom_call_target="AsyncCollectiveDone"',
+    }
+    bodies = "".join(CHAINED.format(name=name, root=root) for name, root in roots.items())
+    lines = [f"  %f.{name} = f32[32]{{0}} fusion(%x), kind=kCustom, calls=%{name}\n" for name in roots]
+    text = (
+        f"{HEAD}{bodies}\nENTRY %main (x: f32[8]) -> f32[32] {{\n  %x = f32[8]{{0}} parameter(0)\n{''.join(lines)}}}\n"
+    )
+    gather, beside, wait = schedule.of(hlo.parse(text)).steps
+    assert (gather.kind, gather.size, gather.name, wait) == ("all-gather", 32, "f.start", Wait("f.start"))
+    assert isinstance(beside, Kernel)
+
+
+def test_a_loops_length_is_known_where_it_counts_to_a_constant():
+    text = """HloModule m
+
+%body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %b = (s32[], f32[8]) parameter(0)
+  ROOT %t = (s32[], f32[8]) tuple(%b#0, %b#1)
+}
+
+%until (u: (s32[], f32[8])) -> pred[] {
+  %u = (s32[], f32[8]) parameter(0)
+  %n = s32[]{:T(128)} constant(12), metadata={op_name="jit(f)/while"}
+  ROOT %lt = pred[] compare(%u#0, %n), direction=LT
+}
+
+ENTRY %main (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = (s32[], f32[8]) parameter(0)
+  ROOT %w = (s32[], f32[8]) while(%x), condition=%until, body=%body
+}
+"""
+    assert schedule.of(hlo.parse(text)).steps == (Loop(12, ()),)
+    carried = schedule.of(hlo.parse(text.replace("%n)", "%u#0)")))
+    assert carried.unknown == {"a loop whose length depends on the data, in other": 1}
+
+
 def test_one_that_xla_calls_synchronous_is():
     start = START.replace(" metadata", ' backend_config={"collective_backend_config":{"is_sync":true}}, metadata')
     found = parsed(start, "all-gather-done")

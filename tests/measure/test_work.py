@@ -1,5 +1,7 @@
 """What single instructions compute and move, in the forms in which XLA writes them for GPUs."""
 
+import math
+
 import pytest
 
 from maxsep.measure import hlo, work
@@ -41,6 +43,30 @@ def test_a_product_is_counted_in_each_form(line, before):
 )
 def test_highest_precision_is_its_own_rate(line):
     assert work.flops(*instruction(line)) == {"f32 highest": 2 * 30 * 20 * 50}
+
+
+@pytest.mark.parametrize(
+    "left, right, result, form",
+    [
+        ("50,30", "50,20", "30,20", "{}, dim_labels=fb_io->bf"),
+        # A weight of 6 heads: their window meets the one element in its midst.
+        ("8,30,50,1", "50,6,20,1", "8,30,6,20", "{size=1x6 pad=0_0x5_5 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f"),
+        # A product of each of 8 x 6: between the elements there are holes.
+        ("8,6,30,50", "8,6,20,50", "8,6,30,20", "{size=8x6 stride=7x5 lhs_dilate=8x6}, dim_labels=01bf_01oi->01bf"),
+    ],
+    ids=["plain", "padded", "dilated"],
+)  # fmt: skip
+def test_a_product_is_a_convolution_on_tpus(left, right, result, form):
+    operands = f"  %x = bf16[{left}]{{0}} parameter(0)\n  %y = bf16[{right}]{{0}} parameter(1)\n"
+    module, found = instruction(f"%c.1 = f32[{result}]{{0}} convolution(%x, %y), window={form}", operands)
+    assert work.flops(module, found) == {"bf16": 2 * 50 * math.prod(found.arrays[0].dims)}
+
+
+def test_what_lies_on_the_chip_moves_no_bytes():
+    operands = "  %x = f32[8,128]{1,0:T(8,128)} parameter(0)\n  %y = f32[8,128]{1,0:T(8,128)S(1)} parameter(1)\n"
+    assert work.moved(*instruction("%c.1 = f32[8,128]{1,0:T(8,128)S(1)} add(%x, %y)", operands)) == 4 * 8 * 128
+    line = "%c.1 = f32[2,128]{1,0:T(8,128)S(1)} slice(%x), slice={[0:2], [0:128]}"
+    assert work.moved(*instruction(line, operands)) == 4 * 2 * 128
 
 
 @pytest.mark.parametrize(

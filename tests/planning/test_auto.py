@@ -122,7 +122,7 @@ def test_gpus_that_are_not_known(tmp_path, children, gpus, names, says):
             [],
             "cluster: none given beside layout=auto, and this machine has no NVIDIA GPU that nvidia-smi tells of;",
         ),
-        (["--config.cluster=a100:4x4"], "cluster: got 'a100'; takes a100-80gb, b200, cpu, h100, h200, or a file"),
+        (["--config.cluster=a100:4x4"], "cluster: got 'a100'; takes a100-80gb, b200, cpu, h100, h200, tpu-v5e, "),
         (["--config.cluster=cpu"], "cluster: got 'cpu'; takes NAME:NODESxDEVICES"),
         (["--config.cluster=cpu:2x2"], "cluster: got cpu:2x2; takes 1x4, as CPU devices are simulated in one node"),
         (["--config.cluster=cpu:1x7"], "cluster: got 7 devices; takes a number of devices over which some layout"),

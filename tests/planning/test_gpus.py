@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from maxsep.config import ConfigError
+from maxsep.config.cluster import load_cluster
 from maxsep.planning import target
 
 try:
-    target.cuda_versions()
+    target.versions(load_cluster("h100:1x1"))
 except ConfigError as error:
     pytest.skip(str(error), allow_module_level=True)
 

@@ -78,7 +78,7 @@ def children(monkeypatch, whole):
 def test_a_plan_from_flags_to_table_and_json(whole):
     status, told, progress, found, _ = whole
     assert status == cli.DONE, progress
-    assert "compiling 1 of 1 programs" in progress and "ma:1x2" in progress
+    assert "compiling 1 of 1 layouts" in progress and "ma:1x2" in progress
     (row,) = found["layouts"]
     assert found["best"] == row["name"] == "ma:1x2"
     assert (row["layout"], row["mesh"]) == ("ma", {"stage": 1, "attention": 1, "expert": 2})
@@ -197,7 +197,7 @@ MINE = "from configs.clusters import h100\n\ndef get_cluster():\n    {}\n"
     "arguments, says",
     [
         ([], "--cluster: none given; takes what to plan for, as a100-80gb:4x4"),
-        (["--cluster=a100:4x4"], "--cluster: got 'a100'; takes a100-80gb, b200, cpu, h100, h200, or a file"),
+        (["--cluster=a100:4x4"], "--cluster: got 'a100'; takes a100-80gb, b200, cpu, h100, h200, tpu-v5e, "),
         (["--cluster=cpu"], "--cluster: got 'cpu'; takes NAME:NODESxDEVICES"),
         (["--cluster=cpu:0x4"], "--cluster: got 'cpu:0x4'; takes NAME:NODESxDEVICES"),
         (["--cluster={tmp}/mine.py:1x8"], "mine.py:4: ZeroDivisionError: division by zero"),
