@@ -9,6 +9,7 @@ fails is a row that says why, and the command ends with its status. The report i
 ablation.html, and pictures with the extra viz.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -32,6 +33,9 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("size", None, "size of a config that has several: tiny, study", flag_values=values)
+    flags.DEFINE_string(
+        "plan", None, "JSON file of maxsep.plan, of the same config: the report has its speed-ups", flag_values=values
+    )
     flags.DEFINE_boolean("decode", True, "also time decoding of the study's strategies", flag_values=values)
 
 
@@ -52,6 +56,7 @@ def main(args: cli.Args) -> None:
         raise ConfigError(f"--runs: none given, and {config_path} has no RUNS; takes {runs.TAKES}")
     shared = cli.config_arguments(args.argv)
     runs.check_free(shared)
+    planned = {} if args.flags.plan is None else planned_seconds(args.flags.plan, args.config.name)
     trials = trial.trials(asked, args.config, folder)
     for one in trials:
         if (one.folder / "config.json").exists():
@@ -68,11 +73,12 @@ def main(args: cli.Args) -> None:
     from maxsep.ablation.session import Session
 
     began = time.monotonic()
-    session = Session(trials, folder, shared, args.flags.decode)
+    session = Session(trials, folder, shared, args.flags.decode, planned)
     with Lock(folder):
         session.run()
         try:
             chosen = [] if args.flags.runs is None else [f"--runs={','.join(args.flags.runs)}"]
+            chosen += [] if args.flags.plan is None else [f"--plan={args.flags.plan}"]
             again = ["python", "-m", "maxsep.ablate", *shared, *chosen, f"--workdir={named}"]
             written = session.report(shlex.join(again))
         except OSError as e:
@@ -84,6 +90,24 @@ def main(args: cli.Args) -> None:
     if session.status:
         failed = [*session.failed, *(f"decoding of {name}" for name in session.not_decoded)]
         raise cli.Exit(session.status, f"{len(failed)} failed, of {len(trials)} runs: {', '.join(failed)}; see above")
+
+
+def planned_seconds(file: str, config: str) -> dict[str, float]:
+    """Seconds of a step by run, as `maxsep.plan --json` has written them; of two orders of the devices the faster.
+
+    Raises:
+        ConfigError: the file is no plan of that config.
+    """
+    try:
+        plan = json.loads(paths.named("--plan", file).read_text(encoding="utf-8"))
+        planned, rows = plan["config"], [row for row in plan["layouts"] if row["error"] is None]
+        seconds = {row["name"]: row["step_seconds"] for row in reversed(rows)}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        got = f"got {file} ({type(e).__name__}: {e})"
+        raise ConfigError(f"--plan: {got}; takes a file that maxsep.plan --json has written") from e
+    if planned != config:
+        raise ConfigError(f"--plan: got a plan of {planned}; takes one of {config}, which the ablation trains")
+    return seconds
 
 
 def run(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """An ablation from the first run to the report: what has finished is kept, what fails does not stop the others."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from maxsep.ablation import kept, tables
@@ -26,8 +27,11 @@ class Session:
         decode: also time decoding, of the runs that stand for the study's strategies.
     """
 
-    def __init__(self, trials: list[Trial], folder: Path, shared: list[str], decode: bool):
+    def __init__(
+        self, trials: list[Trial], folder: Path, shared: list[str], decode: bool, planned: Mapping[str, float]
+    ):
         self.trials, self.folder, self.shared, self.decode = trials, folder, shared, decode
+        self.planned = planned  # seconds of a step on another machine, by run
         self.trained: list[Trial] = []
         self.failed: dict[str, str] = {}  # why, of the runs that did not end well
         self.not_decoded: dict[str, str] = {}  # why, of those whose decoding could not be timed
@@ -113,7 +117,8 @@ class Session:
         """Writes what is known now, and says what that is; `command` is the one that goes on with it."""
         from maxsep.ablation import report
 
-        first, results = self.trials[0].config, self._results()
+        first = self.trials[0].config
+        results = [result | {"planned_seconds": self.planned.get(result["name"])} for result in self._results()]
         known = {result["name"] for result in results} | self.failed.keys()
         left = [trial.name for trial in self.trials if trial.name not in known]
         model, train = first.model, first.train

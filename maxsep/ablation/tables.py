@@ -240,6 +240,11 @@ def _lists(chosen: dict[str, dict], results: list[dict]) -> Table:
         shares = [share for layer in result["expert_shares"] for share in layer]
         return f"{min(shares):.2%}, {max(shares):.2%}"
 
+    base = chosen.get("TP, PP", {}).get("planned_seconds")
+
+    def planned(result: dict) -> str:
+        return f"{base / own:.2f}" if (own := result.get("planned_seconds")) and base else NOT_HERE
+
     metrics = {
         "scaling efficiency": lambda r: f"{scaling[r['name']]:.1%}" if scaling else NOT_HERE,
         "standard deviation of experts' shares": lambda r: f"{fmean(map(pstdev, r['expert_shares'])):.4f}",
@@ -249,7 +254,7 @@ def _lists(chosen: dict[str, dict], results: list[dict]) -> Table:
         "held-out perplexity": lambda r: f"{r['eval_perplexity'] or float('nan'):.2f}",
         "steps to the last loss": lambda r: str(r["steps"][-1]),
         "seconds to the last loss": lambda r: f"{r['step_seconds']['median'] * r['steps'][-1]:.1f}",
-        "predicted speed-up": lambda r: NOT_HERE,
+        "predicted speed-up over TP, PP": planned,
         "energy per token, mJ": lambda r: NOT_HERE,
         "power usage effectiveness; CO2 per token": lambda r: NOT_HERE,
     }
@@ -258,8 +263,11 @@ def _lists(chosen: dict[str, dict], results: list[dict]) -> Table:
         "Shares of the choices in the last step, before drops; a layout does not change them, nor the steps to a loss.",
         "Energy: on NVIDIA GPUs, power in W beside the run, over tokens/s: "
         "`nvidia-smi --query-gpu=power.draw --format=csv,noheader --loop-ms=200`. "
-        "Power usage effectiveness and CO2 are the data centre's. `python -m maxsep.plan` predicts a step's time.",
+        "Power usage effectiveness and CO2 are the data centre's.",
     ]
+    if base is None:
+        how = "`python -m maxsep.plan --json=plan.json` for a cluster, with the same config; `--plan=plan.json` here"
+        notes.append(f"Predicted speed-up: {how}, and a run of `tp_pp`.")
     if not scaling:
         notes.append(f"Scaling efficiency: {TO_SCALE}")
     return Table("The study's lists: scaling, load, quality, energy", ["metric", *_study_head(chosen)], rows, notes)

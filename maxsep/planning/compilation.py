@@ -120,10 +120,13 @@ def _decoding(
         chosen = 1 - (1 - model.top_k / model.experts) ** max(1, tokens / apart)
         return max(1, model.experts / single.ways("e") * chosen)
 
+    filled = 1 / program.single.ways(
+        "e"
+    )  # a device has all choices of those that share its tokens, and computes its own
     return {
         "memory": sizes | {"rest": total - sum(sizes.values()), "total": total},
-        "schedule": schedule.to_json(schedule.of(each, used=used(batch))),
-        "prefill": schedule.to_json(schedule.of(first, used=used(batch * context))),
+        "schedule": schedule.to_json(schedule.of(each, 1, filled, used(batch))),
+        "prefill": schedule.to_json(schedule.of(first, 1, filled, used(batch * context))),
         "kernel": None,
     }
 

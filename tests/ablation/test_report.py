@@ -28,7 +28,8 @@ def test_the_studys_tables_have_its_metrics(tmp_path):
     decoded = [
         {"shape": {"context": n}, "tpot_seconds": {"p50": n / 1e4}, "floor_share": 0.1} for n in (16, 32, 64, 128)
     ]
-    results = [result(name, decode=decoded) for name in NAMES]
+    planned = {"tp:8x2": 2.5, "tp_pp:2x8x1": 2.0, "ma:4x4": 1.6}
+    results = [result(name, decode=decoded, planned_seconds=planned.get(name)) for name in NAMES]
     results[3]["tokens_per_second"] = 1500.0
     results[3]["decode"] = [one | {"tpot_seconds": {"p50": one["tpot_seconds"]["p50"] / 2}} for one in decoded]
     markdown, _, data = written(tmp_path, results)
@@ -45,6 +46,7 @@ def test_the_studys_tables_have_its_metrics(tmp_path):
     assert (memory["weights"], memory["total"]) == (["4"] * 4, ["20"] * 4)
     assert table(markdown, "Matrix products")["zero:4x4"] == ["3", "2", "1.50"]
     lists = table(markdown, "The study's lists: scaling, load, quality, energy")
+    assert lists["predicted speed-up over TP, PP"] == ["0.80", "not measured here", "1.00", "1.25"]
     assert lists["energy per token, mJ"] == ["not measured here"] * 4 and "nvidia-smi" in markdown
     assert lists["least and most used expert"] == ["20.00%, 60.00%"] * 4
     assert json.loads(data)["agreement"]["apart"] == []

@@ -57,6 +57,8 @@ def test_a_row_of_ones_own_is_a_run():
             ["--config=configs/tiny.py", "--size=study"],
             "--config: got configs/tiny.py:study; takes configs/tiny.py alone",
         ),
+        (["--plan=none.json"], "--plan: got none.json (FileNotFoundError"),
+        (["--plan=pyproject.toml"], "--plan: got pyproject.toml (JSONDecodeError"),
         (["--size=huge"], "--size: got 'huge'; takes tiny or study"),
         (["--config.layout=tp"], "layout: is set by each run of --runs; takes no flag here"),
         (["--config.mesh.expert=2"], "mesh.expert: is set by each run of --runs; takes no flag here"),

@@ -1,13 +1,17 @@
 """`layout=auto`: which row a run takes, that it keeps it, and every mistake in one line."""
 
+import json
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import kill
+import processes
 import pytest
+from runs import SMALL
 
 import train
-from maxsep.config import Config, MeshConfig, cli
+from maxsep.config import Config, MeshConfig, cli, runs
 from maxsep.output import workdir
 from maxsep.planning import auto, planned, session
 from maxsep.planning.rows import Row
@@ -146,3 +150,19 @@ def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, arguments, says):
     assert (status, out) == (cli.USER_ERROR, "")
     assert err.startswith(f"error: {says}") and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_row_that_the_first_has_planned(tmp_path, data):
+    flags = kill.flags(data, **SMALL | {"train__steps": 2})
+    flags = [flag for flag in flags if not flag.startswith("--config.mesh.")]
+    flags += ["--config.layout=auto", "--config.cluster=cpu:1x2"]
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    printed = processes.train(tmp_path / "run", 2, *flags, environment=cache)
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    config, plan = record["config"], record["plan"]
+    assert plan["row"] == runs.name(config["layout"], MeshConfig(**config["mesh"])) and plan["seconds"] > 0
+    assert printed.count("planned in") == 1 and plan["reason"] in printed
+    assert "2 x simulated CPU device in 2 processes" in printed
+    again = processes.train(tmp_path / "run", 2, *flags, "--config.train.steps=3", environment=cache)
+    assert "resuming from step 2" in again and "planning" not in again
