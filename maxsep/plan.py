@@ -4,12 +4,14 @@
     python -m maxsep.plan --config=configs/small.py --cluster=h100:1x8 --runs=ma:1x8,ma:2x4 --json=plan.json
 
 For every layout and every mesh that divides the model and the batch, or those of --runs, XLA compiles the real train
-step for the cluster, without any of its devices. Memory, FLOPs and communication are the compiled program's. Times are
-a roofline of it, and a range: nothing runs.
+step for the cluster, without any of its devices; with --mode=decode, prefill and decoding. Memory, FLOPs and
+communication are the compiled program's. Times are a roofline of it, and a range: nothing runs. With --measure this
+machine's devices are measured first, and its layouts beside the plan.
 
-A cluster is NAME:NODESxDEVICES, the devices of a node: a100-80gb, h100, h200, b200, cpu (simulated devices of this
-machine), or a file like configs/clusters/h100.py. GPUs take the extra cuda. What has been compiled is kept: the same
-command resumes where it was stopped, and answers at once when all is there.
+A cluster is NAME:NODESxDEVICES, the devices of a node: a100-80gb, h100, h200, b200, tpu-v5e, tpu-v5p, tpu-v6e, cpu
+(simulated devices of this machine), or a file like configs/clusters/h100.py. GPUs take the extra cuda, TPUs the extra
+tpu. What has been compiled is kept: the same command resumes where it was stopped, and answers at once when all is
+there.
 """
 
 import dataclasses
