@@ -128,7 +128,7 @@ def train(options, config: Config, named: str, cluster: Cluster, configs: list[C
             plan = _measured(plan, cluster, shared, options, Path(scratch))
     print(f"{plan.title}\n")
     limits = [] if options.runs else candidates.limits(config, cluster.devices)
-    print("\n".join([*table.text(plan.rows, plan.best, plan.cluster), *limits, "", plan.reason]))
+    print("\n".join([*table.text(plan.rows, plan.best, plan.cluster), "", *limits, plan.reason]))
     if plan.best:
         print(f"train it: {shlex.join(['python', 'train.py', *shared, *plan.best.flags])}")
     if options.json:
