@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from maxsep import ablate, bench, convert, launch, plan, prepare
+from maxsep import ablate, bench, certify, convert, launch, plan, prepare
 from maxsep.config import CHOICES, Config, cli, fields
 from maxsep.config.mixture import Shares
 from maxsep.output.workdir import RESUME_MAY_CHANGE
@@ -31,6 +31,7 @@ TOOLS = {
     "train.py": {"define": train.define, "default_config": "configs/tiny.py"},
     "infer.py": {"define": infer.define, "default_config": "configs/tiny.py"},  # whose run need not be there
     "maxsep.ablate": {"define": ablate.define, "default_config": ablate.DEFAULT},
+    "maxsep.certify": {"define": certify.define, "default_config": certify.DEFAULT},
     "maxsep.launch": {"define": launch.define},
     "maxsep.convert": {
         "define": convert.define,
@@ -93,7 +94,7 @@ def test_the_exit_statuses_are_the_codes():
     page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \|", page.split("## Exit statuses")[1].split("\n## ")[0], re.MULTILINE)
     statuses = {cli.DONE, cli.USER_ERROR, cli.CRASHED, cli.RESTART, cli.NONFINITE, cli.SAVE_FAILED, cli.STOPPED}
-    assert set(map(int, rows)) == statuses | {130, cli.UNREAD}
+    assert set(map(int, rows)) == statuses | {130, cli.UNREAD, certify.FAILED}
 
 
 def commands(text: str) -> list[list[str]]:

@@ -1,109 +1,26 @@
 """Faults planted in what devices add up and send: each is seen in the gradient or the figure that names it."""
 
 import functools
-from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from programs import first_step, leaves_differ, parameters
 from small import config, text
 
-from maxsep.config.layouts import AXES
-from maxsep.model import transformer
-from maxsep.model.layers import Embedding
-from maxsep.parallel import collectives, pipeline
-from maxsep.parallel.layout import Layout
-from maxsep.parallel.sharding import replicating_axes
-from maxsep.training import step
-from maxsep.training.step import Program
+from maxsep.certification.plants import (
+    attention_gradients_summed_over_heads_too,
+    embedding_gradients_summed_over_stages_twice,
+    expert_gradients_not_summed,
+    idle_ticks_counted,
+    layers_of_a_stage_reversed,
+    micro_batch_sent_twice,
+    norm_counts_copies,
+    stage_forgotten_in_the_order,
+    statistic_counted_on_every_device,
+)
 
 EXACT = 1e-9
 DROPS = {"capacity_factor": 1.0, "capacity_group": 4}
-
-
-def expert_gradients_not_summed(monkeypatch):
-    """Devices that hold the same experts keep one device's gradient."""
-
-    def reduce(self, gradient, spec, zero):
-        if "expert" not in replicating_axes(spec):
-            first = collectives.index(replicating_axes(spec)) == 0
-            gradient = jnp.where(first, gradient, 0)
-        return true_reduce(self, gradient, spec, zero)
-
-    true_reduce = Program._reduce
-    monkeypatch.setattr(Program, "_reduce", reduce)
-
-
-def attention_gradients_summed_over_heads_too(monkeypatch):
-    def reduce(self, gradient, spec, zero):
-        gradient = true_reduce(self, gradient, spec, zero)
-        of_heads = "attention" not in replicating_axes(spec) and gradient.ndim == 4
-        return lax.psum(gradient, "attention") if of_heads else gradient
-
-    true_reduce = Program._reduce
-    monkeypatch.setattr(Program, "_reduce", reduce)
-
-
-def norm_counts_copies(monkeypatch):
-    """Every device adds up what it holds."""
-
-    def norm(gradients):
-        def square(leaf):
-            sizes = jax.typeof(leaf).sharding.mesh.shape
-            copies = np.prod([sizes[axis] for axis in replicating_axes(jax.typeof(leaf).sharding.spec)])
-            return copies * jnp.sum(jnp.square(leaf))
-
-        return jnp.sqrt(sum(square(leaf) for leaf in jax.tree.leaves(gradients)))
-
-    monkeypatch.setattr(step.optax.tree, "norm", norm)
-
-
-def statistic_counted_on_every_device(monkeypatch):
-    monkeypatch.setattr(Layout, "total", lambda self, x, apart, along=AXES: lax.psum(collectives.vary(x), along))
-
-
-def idle_ticks_counted(monkeypatch):
-    """A stage works on whatever comes, also before the first micro-batch and after the last."""
-    at_tick = pipeline.at_tick
-    monkeypatch.setattr(pipeline, "at_tick", lambda *args: (at_tick(*args)[0], True))
-
-
-def stage_forgotten_in_the_order(monkeypatch):
-    """All stages take the micro-batch that the first one works on to be theirs."""
-    at_tick = pipeline.at_tick
-    monkeypatch.setattr(pipeline, "at_tick", lambda t, *others: (at_tick(t, 0, others[1])[0], at_tick(t, *others)[1]))
-
-
-def layers_of_a_stage_reversed(monkeypatch):
-    def scan(f, x, layers):
-        blocks, numbers = layers
-        reverse = collectives.index(("stage",)) == 1
-        return lax.scan(f, x, (jax.tree.map(lambda w: jnp.where(reverse, w[::-1], w), blocks), numbers))
-
-    monkeypatch.setattr(transformer, "lax", SimpleNamespace(scan=scan))
-
-
-def micro_batch_sent_twice(monkeypatch):
-    """The first is, and the last is not."""
-    pipelined = transformer.pipelined
-
-    def wrong(first, *others):
-        return pipelined(lambda number: first(jnp.maximum(number - 1, 0)), *others)
-
-    monkeypatch.setattr(transformer, "pipelined", wrong)
-
-
-def embedding_gradients_summed_over_stages_twice(monkeypatch):
-    call = Embedding.__call__
-
-    def wrong(self, tokens_bs, dtype):
-        x_bsd, stages = call(self, tokens_bs, dtype), lax.axis_size("stage")
-        return stages * x_bsd - lax.stop_gradient((stages - 1) * x_bsd)
-
-    monkeypatch.setattr(Embedding, "__call__", wrong)
 
 
 SEGMENT, TABLE = "['segments']['moe']", "['embedding']['table_vd']"
@@ -169,5 +86,5 @@ def faults():
 def test_a_fault_is_seen(fault, monkeypatch):
     layout, shows = FAULTS[fault]
     expected = one_device(fault_config(layout, alone=True))
-    fault(monkeypatch)
+    fault(monkeypatch.setattr)
     assert shows <= differing(fault_config(layout), expected)

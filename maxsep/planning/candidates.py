@@ -11,8 +11,10 @@ from maxsep.config.layouts import AUTO, AXES, LAYOUTS, row
 from maxsep.config.validate import validate
 
 
-def asked(named: Sequence[str], config: Config, devices: int, training: bool = True) -> list[Config]:
+def asked(named: Sequence[str], config: Config, devices: int | None = None, training: bool = True) -> list[Config]:
     """The config on each of the runs that are written as `runs.TAKES` says, to train it or for inference.
+
+    `devices`: what each must use; None: any number.
 
     Raises:
         ConfigError: one is mistyped, is there twice, does not fit the config, or has another number of devices.
@@ -27,7 +29,7 @@ def asked(named: Sequence[str], config: Config, devices: int, training: bool = T
             validate(made, training)
         except ConfigError as e:
             raise ConfigError(f"--runs: {run}: {e}") from e
-        if mesh.devices != devices:
+        if devices is not None and mesh.devices != devices:
             raise ConfigError(f"--runs: got {run} = {mesh.devices} devices; takes all {devices} of --cluster")
         found.append(made)
     if not found:
@@ -60,6 +62,20 @@ def every(config: Config, devices: int, field: str = "--cluster", training: bool
     if not found:
         takes = "a number of devices over which some layout can split this config"
         raise ConfigError(f"{field}: got {devices} devices; takes {takes}; the last that was tried: {refusal}")
+    return list(found.values())
+
+
+def one_of_each(config: Config, devices: int) -> list[Config]:
+    """The config under each layout of the table that allows so many devices, on the mesh whose axes are most alike.
+
+    Raises:
+        ConfigError: no layout does.
+    """
+    found: dict[str, Config] = {}
+    for one in every(config, devices, "mesh"):
+        best = found.get(one.layout)
+        if best is None or max(one.mesh.shape) < max(best.mesh.shape):
+            found[one.layout] = one
     return list(found.values())
 
 

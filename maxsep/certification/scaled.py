@@ -1,0 +1,65 @@
+"""The model that is certified: the user's, as small as the meshes allow, in float64.
+
+What decides which device does what stays: heads, experts, the router, segments, accumulation, remat, dropout, ZeRO-1.
+Widths, vocabulary, layers, sequences and batches become the least that every mesh divides.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from operator import attrgetter
+
+from maxsep.config import Config, fields
+from maxsep.config.layouts import row
+
+HEAD_SIZE, VOCAB, GROUP, MICRO_BATCHES = 4, 250, 4, 4
+
+
+def scaled(config: Config, runs: Sequence[Config]) -> Config:
+    """The config that each of `runs` is certified with, but for its layout and mesh.
+
+    Args:
+        config: the user's.
+        runs: the same on the layouts and meshes that are compared.
+    """
+
+    def ways(letter: str) -> int:
+        """The parts that any of the runs splits a dimension into, all at once."""
+        sizes = (math.prod(run.mesh.sizes[axis] for axis in row(run.layout).get(letter, ())) for run in runs)
+        return math.lcm(*sizes)
+
+    model, stages = config.model, ways("l")
+    moe = 2 * stages if stages > 1 else 2
+    dense = min(model.dense_layers, 1)
+    width = math.lcm(model.heads, 16)
+    drops = model.capacity_factor is not None
+    small = dataclasses.replace(
+        model,
+        layers=moe + dense,
+        dense_layers=dense,
+        d_model=width,
+        head_dim=HEAD_SIZE,
+        d_ff=math.lcm(ways("f"), ways("m"), 16),
+        dense_d_ff=math.lcm(ways("m"), 32) if dense else None,
+        vocab_size=VOCAB,
+        # Without a group each device drops by itself: another mesh would drop others.
+        capacity_group=GROUP if drops else None,
+        attention_kernel="xla",
+        dtype="float64",
+        float32_precision="highest",
+    )
+    accumulation = max(stages, min(config.train.accumulation, MICRO_BATCHES))
+    train = dataclasses.replace(
+        config.train, steps=10, batch_size=accumulation * math.lcm(ways("b"), 2), accumulation=accumulation
+    )
+    data = dataclasses.replace(config.data, sequence_length=GROUP * math.lcm(ways("s"), 8), tokenizer=f"ids:{VOCAB}")
+    # Else a long warm-up would leave ten steps without a change.
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2, warmup_steps=2, decay_steps=20)
+    return dataclasses.replace(config, model=small, train=train, data=data, optimizer=optimizer)
+
+
+def changed(config: Config, small: Config) -> dict[str, tuple]:
+    """The fields that differ: what the user's config has, and what was certified."""
+    pairs = ((f.path, attrgetter(f.path)(config), attrgetter(f.path)(small)) for f in fields())
+    apart = ("layout", "mesh.stage", "mesh.attention", "mesh.expert")
+    return {path: (old, new) for path, old, new in pairs if old != new and path not in apart}
