@@ -33,12 +33,15 @@ def run(command: Sequence[str], log: Path, cluster: Cluster, what: str) -> None:
     """Runs a child of ours on the devices.
 
     Raises:
+        ConfigError: it refuses what it was asked for.
         cli.Exit: a signal has stopped it, or it has failed.
     """
     with Stop() as stop:
         status = child.run(command, log, environment(cluster), stop, shown=False)
     if stop.asked:
         raise cli.Exit(cli.STOPPED, f"{stop.asked}: stopped while measuring; what is compiled is kept")
+    if status == cli.USER_ERROR:
+        raise ConfigError(child.why(log, status).removesuffix(f" (status {status})"))
     if status:
         raise cli.Exit(cli.CRASHED, f"{what}: {child.why(log, status)}")
 

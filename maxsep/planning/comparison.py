@@ -43,12 +43,12 @@ def measure(plan: Plan, shared: Sequence[str], folder: Path, say: Callable[[str]
         out = folder / "bench.json"
         flags = [f"--steps={STEPS}", f"--warmup={WARMUP}", f"--json={out}", *shared, *row.flags]
         try:
-            calibration.run(["-m", "maxsep.bench", "train", *flags], folder / "bench.log", plan.cluster, row.name)
-        except cli.Exit as e:
-            if e.status != cli.CRASHED:
+            calibration.run(["-m", "maxsep.bench", "train", *flags], folder / "bench.log", plan.cluster, "the bench")
+        except (ConfigError, cli.Exit) as e:
+            if isinstance(e, cli.Exit) and e.status != cli.CRASHED:
                 raise
             failed = e
-            say(f"warning: {e}")
+            say(f"warning: {row.name} is left out: {e}")
             continue
         result = json.loads(out.read_text(encoding="utf-8").splitlines()[0])
         memory = result["memory"] and sum(result["memory"].values())

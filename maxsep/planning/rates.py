@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from maxsep.config import Config, from_config_dict
+from maxsep.config import Config, cli, from_config_dict
 from maxsep.output.durable import write_json
 from maxsep.parallel.start import settle
 
@@ -137,7 +137,9 @@ def main(named: str, out: str) -> None:
     import jax
 
     if len(jax.devices()) < devices:
-        sys.exit(f"error: --cluster: got {devices} devices; this machine has {len(jax.devices())}")
+        here = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+        print(f"error: --cluster: got {devices} devices; takes at most those of this machine, {here}", file=sys.stderr)
+        sys.exit(cli.USER_ERROR)
     write_json(Path(out), measured(config, devices), None)
 
 

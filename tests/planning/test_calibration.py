@@ -81,14 +81,16 @@ def test_rates_are_of_one_device(monkeypatch):
 
 
 def row(name: str, seconds: float) -> Row:
-    made = Row(name, name, {}, inner="expert", flags=[], fits=True, step_seconds=seconds)
+    made = Row(name, name, {}, inner="expert", flags=[f"--config.layout={name}"], fits=True, step_seconds=seconds)
     return replace(made, ranges={"step_seconds": [seconds, 2 * seconds]}, memory_bytes={"total": 10**9})
 
 
 def test_rows_are_measured_and_those_that_fail_are_left_out(tmp_path, monkeypatch):
     def run(command, log, cluster, what):
-        if what == "tp":
-            raise cli.Exit(cli.CRASHED, "tp: killed")
+        if "--config.layout=tp" in command:
+            raise cli.Exit(cli.CRASHED, "the bench: killed")
+        if "--config.layout=pp" in command:
+            raise ConfigError("memory: too little")
         out = next(flag.partition("=")[2] for flag in command if flag.startswith("--json="))
         with open(out, "w", encoding="utf-8") as f:
             json.dump({"median_seconds": 3.0, "memory": {"arguments": 4, "temporaries": 5}}, f)
@@ -96,11 +98,18 @@ def test_rows_are_measured_and_those_that_fail_are_left_out(tmp_path, monkeypatc
     monkeypatch.setattr(calibration, "run", run)
     told = []
     made = SimpleNamespace(
-        rows=[row("ma", 2.0), row("tp", 2.5)], cluster=CLUSTER, config=SimpleNamespace(name="small"), reason=""
+        rows=[row("ma", 2.0), row("tp", 2.5), row("pp", 3.0)],
+        cluster=CLUSTER,
+        config=SimpleNamespace(name="small"),
+        reason="",
     )
     (found,) = comparison.measure(made, [], tmp_path, told.append)
     assert (found.row.name, found.seconds, found.memory_bytes) == ("ma", 3.0, 9)
-    assert told == ["[1/2] ma: 3 s per step, 2 s planned", "warning: tp: killed"]
+    assert told == [
+        "[1/3] ma: 3 s per step, 2 s planned",
+        "warning: tp is left out: the bench: killed",
+        "warning: pp is left out: memory: too little",
+    ]
     page = tmp_path / "page.md"
     page.write_text(f"before\n\n{comparison.HEAD}\n|---|---|---|---|---|---|---|\n| old |\n\nafter\n")
     comparison.append(page, [found], made)
