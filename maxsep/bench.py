@@ -79,7 +79,7 @@ def main(args: cli.Args) -> None:
         if options[flag].present:
             others = " or ".join(command for command, of_command in TAKES.items() if flag in of_command)
             raise ConfigError(f"--{flag}: got beside {args.command}; takes {others}")
-    sizes = {flag: _positive(flag, options[flag].value) for flag in ("contexts", "batches", *GROWING)}
+    sizes = {flag: cli.integers(flag, options[flag].value) for flag in ("contexts", "batches", *GROWING)}
     if args.command == "growth":
         growth.points(args.config, _grown(sizes))
     names = []
@@ -148,12 +148,6 @@ def measure(args: cli.Args, names: list[str], sizes: dict[str, list[int]], job: 
         )
     if options.json and job.first:
         write_asked("--json", options.json, "".join(f"{json.dumps(result)}\n" for result in results))
-
-
-def _positive(flag: str, values: list[str]) -> list[int]:
-    if not values or not all(value.isdecimal() and 0 < int(value) < 2**31 for value in values):
-        raise ConfigError(f"--{flag}: got {','.join(values)}; takes integers from 1 up, as 512,1024")
-    return [int(value) for value in values]
 
 
 def train(config: Config, names: list[str], options) -> list[dict]:

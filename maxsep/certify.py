@@ -20,7 +20,6 @@ from maxsep.config import ConfigError, cli, paths, runs
 from maxsep.config.layouts import LAYOUTS
 
 DEFAULT = "configs/tiny.py"
-FAILED = 1  # exit status: a check has failed
 DEVICES = 8  # where the config has a mesh of one
 
 
@@ -45,27 +44,20 @@ def main(args: cli.Args) -> None:
 
     if options.plant is not None:
         if missed := planting.missed(config, options.plant, _say):
-            raise cli.Exit(FAILED, f"not seen: {', '.join(missed)}")
+            raise cli.Exit(certificate.FAILED, f"not seen: {', '.join(missed)}")
         return
     devices = config.mesh.devices if config.mesh.devices > 1 else DEVICES
     asked = candidates.one_of_each(config, devices) if options.runs is None else candidates.asked(options.runs, config)
     small = scaled.scaled(config, asked)
     checks = certificate.certified([replace(small, layout=one.layout, mesh=one.mesh) for one in asked], _say)
-    left = (
-        ()
-        if options.runs
-        else tuple(
-            f"layout {layout}: the config allows it on no mesh of {devices} devices"
-            for layout in LAYOUTS
-            if layout not in {one.layout for one in asked}
-        )
-    )
+    without = [] if options.runs else [name for name in LAYOUTS if name not in {one.layout for one in asked}]
+    left = tuple(f"layout {name}: the config allows it on no mesh of {devices} devices" for name in without)
     written = certificate.Certificate(config, small, checks, left)
     print("\n".join(written.text()))
     written.write(folder)
     print(f"written: {paths.shown(folder)}: certificate.md, certificate.json")
     if not written.passed:
-        raise cli.Exit(FAILED, f"not passed: {written.worst}")
+        raise cli.Exit(certificate.FAILED, f"not passed: {written.worst}")
 
 
 def _say(text: str) -> None:

@@ -91,7 +91,7 @@ def check(options: flags.FlagValues, cluster: Cluster) -> None:
         if options[flag].present and options.mode != mode:
             raise ConfigError(f"--{flag}: got beside --mode={options.mode}; takes --mode={mode}")
     for flag in ("contexts", "batches"):
-        numbers(flag, options[flag].value)
+        cli.integers(flag, options[flag].value)
     if options.json:
         paths.to_write("--json", options.json)
     if options.picture:
@@ -104,12 +104,6 @@ def check(options: flags.FlagValues, cluster: Cluster) -> None:
             raise ConfigError(f"--measure: {got}; takes {takes}")
     elif options.table:
         raise ConfigError("--table: got without --measure, which makes its lines")
-
-
-def numbers(flag: str, values: list[str]) -> list[int]:
-    if not values or not all(value.isdecimal() and 0 < int(value) < 2**31 for value in values):
-        raise ConfigError(f"--{flag}: got {','.join(values)}; takes integers from 1 up, as 512,1024")
-    return [int(value) for value in values]
 
 
 def train(options, config: Config, named: str, cluster: Cluster, configs: list[Config], shared: list[str]) -> None:
@@ -144,7 +138,7 @@ def decode(options, config: Config, named: str, cluster: Cluster, configs: list[
     from maxsep.output.durable import json_text, write_asked
     from maxsep.planning import decoding, kept, planned
 
-    sizes = list(itertools.product(*(numbers(flag, options[flag].value) for flag in ("batches", "contexts"))))
+    sizes = list(itertools.product(*(cli.integers(flag, options[flag].value) for flag in ("batches", "contexts"))))
     found, cluster = decoding.plan(configs, cluster, sizes, options.new, kept.folder(options.cache), options.jobs, _say)
     print(f"{planned.title(config, named, cluster)}, {options.new} new tokens per prompt\n")
     print("\n".join(decoding.text(found, cluster)))

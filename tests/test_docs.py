@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from maxsep import ablate, bench, certify, convert, launch, plan, prepare
+from maxsep.certification import certificate
 from maxsep.config import CHOICES, Config, cli, fields
 from maxsep.config.mixture import Shares
 from maxsep.output.workdir import RESUME_MAY_CHANGE
@@ -94,7 +95,7 @@ def test_the_exit_statuses_are_the_codes():
     page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \|", page.split("## Exit statuses")[1].split("\n## ")[0], re.MULTILINE)
     statuses = {cli.DONE, cli.USER_ERROR, cli.CRASHED, cli.RESTART, cli.NONFINITE, cli.SAVE_FAILED, cli.STOPPED}
-    assert set(map(int, rows)) == statuses | {130, cli.UNREAD, certify.FAILED}
+    assert set(map(int, rows)) == statuses | {130, cli.UNREAD, certificate.FAILED}
 
 
 def commands(text: str) -> list[list[str]]:

@@ -19,6 +19,7 @@ from maxsep.measure.report import columns
 from maxsep.output.durable import json_text, write_text
 from maxsep.parallel.start import settle
 
+FAILED = 1  # exit status: a check has failed, or a planted fault was not seen
 PACKAGES = ("maxsep", "jax", "jaxlib", "flax", "optax", "numpy")
 NOT_CERTIFIED = (
     "the run's own type: all was computed in float64",

@@ -139,7 +139,7 @@ def compared(run: str, found: dict[str, Any], reference: dict[str, Any]) -> Iter
 def _difference(one: Any, other: Any) -> float:
     """The largest, as a share of the reference's largest entry; infinite where a number is not finite."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    if one.shape != other.shape or not np.isfinite(one).all():
+    if one.shape != other.shape or not np.isfinite(one).all() or not np.isfinite(other).all():
         return float("inf")
     if not one.size:
         return 0.0

@@ -7,12 +7,14 @@ from dataclasses import replace
 from maxsep.certification import certificate
 from maxsep.certification.plants import PLANTS, Plant, planted
 from maxsep.certification.scaled import GROUP, scaled
-from maxsep.config import Config, ConfigError, runs
+from maxsep.config import Config, ConfigError, cli, runs
 from maxsep.config.validate import validate
 
 
 def missed(config: Config, named: str, say: Callable[[str], None]) -> list[str]:
-    """The names of the plants that were not seen; each one is told, and what could not be planted.
+    """Names of the plants that the certificate does not see. Reports each plant, and those that cannot be planted.
+
+    First, the same layouts have to pass without a plant.
 
     Args:
         config: the user's.
@@ -20,23 +22,32 @@ def missed(config: Config, named: str, say: Callable[[str], None]) -> list[str]:
         say: takes a line.
 
     Raises:
-        ConfigError: there is no such plant.
+        ConfigError: there is no such plant, or none can be planted in this config.
+        cli.Exit: a layout differs without a plant.
     """
     plants = [plant for plant in PLANTS if named in ("all", plant.name)]
     if not plants:
         raise ConfigError(f"--plant: got {named}; takes all, or {', '.join(plant.name for plant in PLANTS)}")
-    configs = [_on(config, plant.run, plants) for plant in plants]
-    certificate.start(configs)
-    from maxsep.certification import evidence
-
-    reference, out = evidence.gather(evidence.alone(configs[0])), []
-    for plant, one in zip(plants, configs, strict=True):
-        began = time.monotonic()
+    configs = {plant: _on(config, plant.run, plants) for plant in plants}
+    for plant, one in list(configs.items()):
         try:
             validate(one)
         except ConfigError as e:
+            del configs[plant]
             say(f"{plant.name}: not planted on {plant.run}: {e}")
-            continue
+    if not configs:
+        raise ConfigError(f"--plant: got {named}, and this config allows none of its layouts; takes another config")
+    certificate.start(list(configs.values()))
+    from maxsep.certification import evidence
+
+    reference, out = evidence.gather(evidence.alone(next(iter(configs.values())))), []
+    for run, one in {plant.run: one for plant, one in configs.items()}.items():
+        for check in evidence.compared(run, evidence.gather(one, reference["start"]), reference):
+            if not check.passed:
+                raise cli.Exit(certificate.FAILED, f"without a plant: {run}: {check.quantity} differs at {check.worst}")
+        say(f"without a plant: {run} passed")
+    for plant, one in configs.items():
+        began = time.monotonic()
         with planted(plant):
             found = evidence.compared(plant.run, evidence.gather(one, reference["start"]), reference)
             failed = {check.quantity: check for check in found if not check.passed}

@@ -212,6 +212,10 @@ def parse(
             if path in SIZES:
                 raise ConfigError(f"{path}: is chosen by layout=auto; takes no flag beside it")
         fit_mesh = False
+    elif "cluster" in overridden and not any_mesh:
+        raise ConfigError(
+            f"cluster: got {config.cluster} beside layout={config.layout}; takes layout=auto, which plans"
+        )
     fit_mesh = fit_mesh and not any(path.startswith("mesh.") for path in overridden)
     return Args(values, config, fit_mesh, command, list(given))
 
@@ -305,6 +309,17 @@ def config_of_run(argv: list[str], newest: Callable[[], Path] | None = None) -> 
         folder = str(newest())
         argv = [*argv[:1], f"--workdir={folder}", *argv[1:]]
     return read_config(paths.run_folder(folder, exists=True, written=False))[0], argv
+
+
+def integers(flag: str, values: Sequence[str]) -> list[int]:
+    """The value of a flag that takes a list of integers from 1 up.
+
+    Raises:
+        ConfigError: it is another one, or empty.
+    """
+    if not values or not all(value.isdecimal() and 0 < int(value) < 2**31 for value in values):
+        raise ConfigError(f"--{flag}: got {','.join(values)}; takes integers from 1 up, as 512,1024")
+    return [int(value) for value in values]
 
 
 def take(flag: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:

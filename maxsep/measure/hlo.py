@@ -132,7 +132,7 @@ class Module:
     def trips(self, loop: Instruction) -> int | None:
         """How often a loop runs; None where that depends on the data. Of further rounds (`in_rounds`): 0, as usual.
 
-        XLA says so, but for TPUs. There a loop of JAX's with a known length still counts from 0 to a constant.
+        XLA records the length, except for TPUs. There, a JAX loop of known length still counts from 0 to a constant.
         """
         if further(loop.path):
             return 0

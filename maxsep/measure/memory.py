@@ -7,6 +7,7 @@ import jax
 from maxsep.config import ConfigError
 from maxsep.config.cluster import cluster_of
 from maxsep.parallel.sharding import axes_of
+from maxsep.parallel.start import device_memory
 
 
 def bytes_on_device(tree) -> int:
@@ -57,8 +58,7 @@ def fitting(lowered: jax.stages.Lowered, what: str, takes: str) -> jax.stages.Co
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         raise ConfigError(f"memory: {what} does not fit ({' '.join(str(e).split())[:200]}); takes {takes}") from e
-    limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in jax.local_devices()]
-    have, stats = min(limits), compiled.memory_analysis()
+    have, stats = device_memory(), compiled.memory_analysis()
     if stats is None or math.isinf(have):
         return compiled
     need = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes

@@ -265,13 +265,19 @@ def _check_memory(config: Config, training: bool, share: float) -> None:
         have, where = available_memory(), f"this machine has left for {simulated} simulated devices"
         need *= simulated
     else:
-        limits = [(device.memory_stats() or {}).get("bytes_limit", math.inf) for device in jax.local_devices()]
-        have, where = min(limits), f"a device has; they are split over {config.mesh}, under {config.layout}"
+        have, where = device_memory(), f"a device has; they are split over {config.mesh}, under {config.layout}"
     if need > have:
         raise ConfigError(
             f"model: got {parameters(config.model) / 1e9:.2f} B parameters; their {what} need at least "
             f"{need / 2**30:.1f} GiB; takes at most the {have / 2**30:.1f} GiB that {where}"
         )
+
+
+def device_memory() -> float:
+    """Bytes that XLA may take on each accelerator of this process; infinite for simulated devices."""
+    import jax
+
+    return min((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in jax.local_devices())
 
 
 def available_memory() -> float:

@@ -26,7 +26,7 @@ class Measured:
 
 
 def measure(plan: Plan, shared: Sequence[str], folder: Path, say: Callable[[str], None]) -> list[Measured]:
-    """Trains the rows that fit for a few steps each, one after the other; those that fail are told and left out.
+    """Trains each row that fits for a few steps, one row after the other. Reports rows that fail, and leaves them out.
 
     Args:
         plan: of this machine's devices.

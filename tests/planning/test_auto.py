@@ -136,6 +136,10 @@ def test_gpus_that_are_not_known(tmp_path, children, gpus, names, says):
             ["--config.cluster=cpu:1x4", "--config.mesh.expert=4"],
             "mesh.expert: is chosen by layout=auto; takes no flag beside it",
         ),
+        (
+            ["--config.layout=ma", "--config.cluster=cpu:1x4"],
+            "cluster: got cpu:1x4 beside layout=ma; takes layout=auto",
+        ),
         (["--config.cluster=cpu:1x4", "--config.mesh.inner=node"], "mesh.inner: got 'node'; takes one of auto"),
         (["--cluster=cpu:1x4"], "Unknown command line flag 'cluster'"),
     ],
