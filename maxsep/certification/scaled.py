@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from operator import attrgetter
 
-from maxsep.config import Config, fields
+from maxsep.config import Config, ModelConfig, fields
 from maxsep.config.layouts import row
 
-HEAD_SIZE, VOCAB, GROUP, MICRO_BATCHES = 4, 250, 4, 4
+HEAD_SIZE, VOCAB, GROUP, MICRO_BATCHES = 8, 250, 4, 4  # cuDNN's attention takes heads of multiples of 8
 
 
 def scaled(config: Config, runs: Sequence[Config]) -> Config:
@@ -56,6 +56,31 @@ def scaled(config: Config, runs: Sequence[Config]) -> Config:
     # Else a long warm-up would leave ten steps without a change.
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2, warmup_steps=2, decay_steps=20)
     return dataclasses.replace(config, model=small, train=train, data=data, optimizer=optimizer)
+
+
+def in_own_type(config: Config, small: Config) -> Config:
+    """`small` as the run computes: in its dtype, with its kernels, where they can run.
+
+    Every token goes to all experts, and nothing is dropped at random: a choice between two experts that rounding turns
+    over, and another mask for a row in another place, would hide what the type loses.
+    """
+    own, kernel = config.model, config.model.attention_kernel
+    model = dataclasses.replace(
+        small.model,
+        dtype=own.dtype,
+        float32_precision=own.float32_precision,
+        attention_kernel="auto" if kernel == "cudnn" else kernel,
+        top_k=own.experts,
+        router_top_groups=own.router_groups,
+        router_bias_rate=0.0,
+        expert_dropout=0.0,
+    )
+    return dataclasses.replace(small, model=model)
+
+
+def with_choices(model: ModelConfig, small: ModelConfig) -> ModelConfig:
+    """`model`, of `in_own_type`, with the choices of `small`."""
+    return dataclasses.replace(model, top_k=small.top_k, router_top_groups=small.router_top_groups)
 
 
 def changed(config: Config, small: Config) -> dict[str, tuple]:

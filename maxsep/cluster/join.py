@@ -97,7 +97,7 @@ def _exit(job: Job, error: Exception | None) -> None:
 
 def _facts(args: cli.Args, folder: Path | None) -> dict[str, str]:
     """What has to be the same in all processes, by name."""
-    own = (*process.FLAGS, "join_seconds", "workdir")  # a folder may be given relative to another
+    own = (*process.FLAGS, "join_seconds", "workdir", "folder")  # a folder may be given relative to another
     names = [name for name in args.flags if name not in own and not name.startswith("config")]
     given = {f"--{name}": str(args.flags[name].value) for name in names}
     settings = {field.path: repr(attrgetter(field.path)(args.config)) for field in fields()}

@@ -54,7 +54,7 @@ class Experts(nnx.Module):
         It takes rows sorted by expert, the share that each row's result is multiplied by, and how many rows (int32)
         each expert has. Rows after the last expert's are padding and come back as anything finite.
         """
-        return functools.partial(_grouped, self.kernel, self.activation), self._weights(dtype)
+        return functools.partial(grouped_mlp, self.kernel, self.activation), self._weights(dtype)
 
     @jax.named_scope("experts")
     def used(self, x_rd: jax.Array, rows_e: jax.Array, layer: int) -> jax.Array:
@@ -88,7 +88,7 @@ def _obstacle(model: ModelConfig, platform: str) -> str | None:
 
 
 @jax.named_scope("experts")
-def _grouped(
+def grouped_mlp(
     kernel: str, activation: str, x_rd: jax.Array, share_r: jax.Array, rows_e: jax.Array, weights: Weights
 ) -> jax.Array:
     """`Experts.grouped`, a function of the weights: its gradient is taken by itself where rows come in rounds."""

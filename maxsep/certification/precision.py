@@ -1,0 +1,88 @@
+"""One step in the run's type beside float64: what the type loses on a layout, and on one device.
+
+The bound is measured: `FACTOR` times what the same step on one device loses in that type, the most of several orders
+of its rows and micro-batches, which add up the same in other orders.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxsep.certification.check import Check, worst_of
+from maxsep.certification.differences import by_leaf, difference
+from maxsep.certification.evidence import batches, figures
+from maxsep.certification.rig import Rig, alone, on_host
+from maxsep.config import Config, runs
+
+PART, REPEATS = "dtype", "repeats"
+FACTOR, ORDERS = 4, 4
+FLOOR = 4 * float(np.finfo(np.float32).eps)  # figures are float32: their rounding may be less on one device by chance
+COUNTED = ("choices per expert", "dropped choices")  # the same in any type, as all experts are chosen
+
+
+class Reference:
+    """A first step on one device: in float64, and what the run's type loses there.
+
+    Args:
+        own: a config in the run's type.
+    """
+
+    def __init__(self, own: Config):
+        lone = Rig(alone(own))
+        self.start, self.batch = on_host(lone.new_state()), batches(own, 1)[0]
+        with jax.enable_x64(True):
+            wide = Rig(alone(exactly(own)), jax.local_devices(backend="cpu")[0])
+            self.expected = _compared(wide, *self.step(wide))
+        losses = [self.losses(_compared(lone, *self.step(lone, batch))) for batch in orders(self.batch)]
+        self.lost = {
+            quantity: {leaf: max(one[quantity][leaf] for one in losses) for leaf in leaves}
+            for quantity, leaves in losses[0].items()
+        }
+
+    def step(self, rig: Rig, batch: np.ndarray | None = None) -> tuple[Any, dict[str, np.ndarray]]:
+        """The first step: the state after it and its figures, on the host."""
+        state, found = rig.train(rig.placed(self.start), self.batch if batch is None else batch)
+        return on_host(state), found
+
+    def losses(self, found: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """The differences from float64, by quantity and leaf."""
+        return {quantity: by_leaf(got, self.expected[quantity], quantity) for quantity, got in found.items()}
+
+
+def exactly(own: Config) -> Config:
+    """The same in float64."""
+    return replace(own, model=replace(own.model, dtype="float64", float32_precision="highest", attention_kernel="xla"))
+
+
+def checks(reference: Reference, rig: Rig) -> Iterator[Check]:
+    """The first step of a layout, twice: beside float64, and beside itself."""
+    run = runs.name(rig.config.layout, rig.config.mesh)
+    first, again = (reference.step(rig) for _ in range(2))
+    for quantity, leaves in reference.losses(_compared(rig, *first)).items():
+        bounds = {leaf: max(FLOOR, FACTOR * lost) for leaf, lost in reference.lost[quantity].items()}
+        yield worst_of(Check(PART, run, quantity, lost, leaf, bounds[leaf]) for leaf, lost in leaves.items())
+    for quantity, one, other in zip(("state", "figures"), first, again, strict=True):
+        yield worst_of(Check(REPEATS, run, quantity, *of_leaf, 0.0) for of_leaf in bits(one, other, quantity))
+
+
+def _compared(rig: Rig, state: Any, found: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: of for name, of in figures(rig.config, state, found).items() if name not in COUNTED}
+
+
+def bits(one: Any, other: Any, quantity: str) -> Iterator[tuple[float, str]]:
+    """Of each leaf the difference and its name; it is 0 only where all bits are the same."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True)
+    for (path, x), y in pairs:
+        apart = 0.0 if x.tobytes() == y.tobytes() else max(difference(x, y), 5e-324)
+        yield apart, jax.tree_util.keystr(path) or quantity
+
+
+def orders(batch: np.ndarray) -> Iterator[np.ndarray]:
+    """The batch, and others in which micro-batches, and rows in each, have changed places."""
+    rng = np.random.default_rng(4)
+    yield batch
+    for _ in range(ORDERS - 1):
+        yield np.stack([rows[rng.permutation(len(rows))] for rows in batch[rng.permutation(len(batch))]])
