@@ -58,6 +58,9 @@ def main(args: cli.Args) -> None:
     this, folder = process.this(options), paths.named("--folder", options.folder)
     devices = config.mesh.devices if config.mesh.devices > 1 else DEVICES
     asked = candidates.one_of_each(config, devices) if options.runs is None else candidates.asked(options.runs, config)
+    if this.count > 1 and len({one.mesh.devices for one in asked}) > 1:
+        takes = f"runs of as many devices each, as {this.count} processes use all of theirs"
+        raise ConfigError(f"--runs: got {','.join(options.runs)}; takes {takes}")
     small = scaled(config, asked)
     _make(folder)
     halves = [[part for part in half if part in options.parts] for half in (EXACT, HERE)]
@@ -68,10 +71,11 @@ def main(args: cli.Args) -> None:
         return
     with join.joined(args, None) as job:
         configs = [replace(small, layout=one.layout, mesh=one.mesh) for one in asked]
+        say = _say if job.first else lambda text: None
         if halves[0]:
-            found = parts.exact(configs, halves[0], folder, _say, job)
+            found = parts.exact(configs, halves[0], folder, say, job)
         else:
-            found = parts.here(config, configs, halves[1], _say, job)
+            found = parts.here(config, configs, halves[1], say, job)
         _end(_certificate(args, asked, small, found), folder if job.first else None, options.print)
 
 

@@ -47,7 +47,7 @@ class Certificate:
 
     @property
     def parts(self) -> list[str]:
-        """Those that were certified, in the order of the table."""
+        """Those that have checks, in the order of the table."""
         return [part for part in PARTS if any(check.part == part for check in self.found.checks)]
 
     def to_json(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Certificate:
             *(f"  {path}: {old} -> {new}" for path, (old, new) in changed(self.config, self.small).items()),
             "",
             "Not certified:",
-            *(f"  {part}: not asked for" for part in PARTS if part not in self.parts),
+            *(f"  {part}: not asked for" for part in PARTS if part not in self.found.devices),
             *(f"  {what}" for what in (*self.found.left, *NEVER)),
             "",
             f"{', '.join(f'{name} {version}' for name, version in facts['versions'].items())}; sha256 {facts['hash']}",

@@ -89,7 +89,10 @@ def exact(configs: Sequence[Config], parts: Sequence[str], folder: Path, say: Ca
             trained.append((rig, on_host(rig.new_state())))
     if "moves" in parts:
         began = time.monotonic()
-        checks += (moved := list(moves.checks(trained, _emptied(folder / "checkpoints", job), job)))
+        scratch = _emptied(folder / "checkpoints", job)
+        checks += (moved := list(moves.checks(trained, scratch, job)))
+        if job.first:
+            shutil.rmtree(scratch)
         say(f"moves: {_worst(moved)}, {time.monotonic() - began:.0f} s")
     return Found(agreed(checks, job), [], [], dict.fromkeys(parts, describe(jax.devices())))
 
@@ -116,7 +119,12 @@ def here(
 
     job.at("certifying")
     devices, platform = jax.devices(), jax.default_backend()
-    fit = [one for one in own if one.mesh.devices <= len(devices)] or [fitted]
+    alone = job.count == 1  # else the mesh is of all devices
+
+    def fits(one: Config) -> bool:
+        return one.mesh.devices == len(devices) or (alone and one.mesh.devices < len(devices))
+
+    fit = list(filter(fits, own)) or [fitted]
     checks, notes, left = [], [], []
     for one in own:
         if one not in fit:
@@ -131,9 +139,11 @@ def here(
         meshes = {one.mesh.shape: one for one in reversed(fit)}  # of a mesh, its first layout
         for one in reversed(meshes.values()):
             began, name = time.monotonic(), runs.name(one.layout, one.mesh)
+            if one.mesh.devices == 1:
+                left.append(f"collectives, {name}: one device sends nothing")
+                continue
             checks += (found := list(patterns.checks(make_mesh(one), name)))
-            if found:
-                say(f"collectives, {name}: {_worst(found)}, {time.monotonic() - began:.0f} s")
+            say(f"collectives, {name}: {_worst(found)}, {time.monotonic() - began:.0f} s")
     if {"dtype", "repeats"} & set(parts):
         began, reference = time.monotonic(), precision.Reference(fitted)
         if "dtype" in parts:

@@ -54,7 +54,7 @@ def scaled(config: Config, runs: Sequence[Config]) -> Config:
     )
     data = dataclasses.replace(config.data, sequence_length=GROUP * math.lcm(ways("s"), 8), tokenizer=f"ids:{VOCAB}")
     # Else a long warm-up would leave ten steps without a change.
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2, warmup_steps=2, decay_steps=20)
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3, warmup_steps=2, decay_steps=20)
     return dataclasses.replace(config, model=small, train=train, data=data, optimizer=optimizer)
 
 

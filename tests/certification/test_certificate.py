@@ -192,6 +192,10 @@ def test_a_plant_is_taken_out_again():
         (["--plant=none"], "--plant: got none; takes all, or expert_gradients_not_summed, "),
         (["--plant=all", "--runs=ma:1x2"], "--plant: got beside --runs; takes one of the two"),
         (["--folder={tmp}/none/certificate"], "--folder: got "),
+        (
+            ["--runs=ma:2x2,ma:1x2", "--num_processes=2", "--process_id=0", "--coordinator=localhost:1"],
+            "--runs: got ma:2x2,ma:1x2; takes runs of as many devices each, as 2 processes",
+        ),
         (["--parts=layout"], "--parts: got layout; takes some of layouts,moves,dtype,kernels,collectives,repeats"),
         (["--parts="], "--parts: got ; takes some of layouts,"),
         (["--config.layout=tp"], "layout: is set by each run of --runs; takes no flag here"),
