@@ -37,7 +37,7 @@ DEVICES = 8  # where the config has a mesh of one
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("runs", None, "layouts and meshes to certify, as ma:4x4,pp:2x1x8", flag_values=values)
-    flags.DEFINE_list("parts", list(PARTS), "what to certify", flag_values=values)
+    flags.DEFINE_list("parts", None, f"what to certify, of {','.join(PARTS)} (default: all)", flag_values=values)
     flags.DEFINE_string("plant", None, "only show that a planted fault is seen: its name, or all", flag_values=values)
     flags.DEFINE_string("folder", "certificate", "folder to write the certificate to", flag_values=values)
     flags.DEFINE_bool("print", True, "print the certificate", flag_values=values)
@@ -47,8 +47,9 @@ def define(values: flags.FlagValues) -> None:
 def main(args: cli.Args) -> None:
     options, config = args.flags, args.config
     runs.check_free(cli.config_arguments(args.argv))
-    if not options.parts or not set(options.parts) <= PARTS.keys():
-        raise ConfigError(f"--parts: got {','.join(options.parts)}; takes some of {','.join(PARTS)}")
+    asked_for = list(PARTS) if options.parts is None else options.parts
+    if not asked_for or not set(asked_for) <= PARTS.keys():
+        raise ConfigError(f"--parts: got {','.join(asked_for)}; takes some of {','.join(PARTS)}")
     if options.plant is not None:
         if options.runs is not None:
             raise ConfigError("--plant: got beside --runs; takes one of the two: each fault has its layout")
@@ -63,7 +64,7 @@ def main(args: cli.Args) -> None:
         raise ConfigError(f"--runs: got {','.join(options.runs)}; takes {takes}")
     small = scaled(config, asked)
     _make(folder)
-    halves = [[part for part in half if part in options.parts] for half in (EXACT, HERE)]
+    halves = [[part for part in half if part in asked_for] for half in (EXACT, HERE)]
     if all(halves):
         found = _by_children(args, halves, folder, this.index == 0)
         if found is not None:

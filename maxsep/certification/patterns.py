@@ -4,8 +4,8 @@ Device d sends numbers of which each says where it is from: d × size + place. O
 (d + 1) × (1 + place mod 7), so that what is missing, or there twice, tells whose it was.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from maxsep.config.layouts import AXES
 from maxsep.parallel import collectives
 
 PART = "collectives"
-SIZES = (1, 64, 4096)  # numbers that a device sends each of its group
+SIZES = (1, 2**10, 2**16)  # numbers that a device gives, or the next multiple of its group's devices
 MOVED, ADDED = "moved", "added"
 
 
@@ -38,12 +38,9 @@ def patterns(axes: tuple[str, ...]) -> list[Pattern]:
     def parts(of_pn: np.ndarray) -> np.ndarray:
         return of_pn.reshape(len(of_pn), len(of_pn), -1)
 
-    def weight(x):
-        return collectives.gather_weight(x.astype(jnp.float32), x.astype(jnp.float32), axes, 0).astype(x.dtype)
-
     return [
         Pattern("gather", MOVED, lambda x: collectives.gather(x, axes, 0), lambda of, at: of.ravel()),
-        Pattern("gather_weight", MOVED, weight, lambda of, at: of.ravel()),
+        Pattern("gather_weight", MOVED, lambda x: collectives.gather_weight(x, x, axes, 0), lambda of, at: of.ravel()),
         Pattern(
             "exchange", MOVED, lambda x: collectives.exchange(x, axes, 0, 0), lambda of, at: parts(of)[:, at].ravel()
         ),
@@ -61,19 +58,19 @@ def patterns(axes: tuple[str, ...]) -> list[Pattern]:
 
 def checks(mesh: Mesh, name: str) -> Iterator[Check]:
     """Each pattern along each axis of `mesh`, and along all at once; of what this process's devices have received."""
-    long = [axis for axis in AXES if mesh.shape[axis] > 1]
-    for axes in [axes for count in {1, len(long)} if count for axes in combinations(long, count)]:
-        members = int(np.prod([mesh.shape[axis] for axis in axes]))
+    long = tuple(axis for axis in AXES if mesh.shape[axis] > 1)
+    for axes in dict.fromkeys([*((axis,) for axis in long), long]):
+        members = math.prod(mesh.shape[axis] for axis in axes)
         of_axes = patterns(axes)
         quantities = {pattern.name: f"{pattern.name}, {' and '.join(axes)}" for pattern in of_axes}
         found = {quantity: Check(PART, name, quantity, 0.0, "", 0.0) for quantity in quantities.values()}
-        for size in SIZES:
-            for pattern, received in zip(of_axes, _received(mesh, of_axes, size * members), strict=True):
+        for size in (-(-size // members) * members for size in SIZES):
+            for pattern, received in zip(of_axes, _received(mesh, of_axes, size), strict=True):
                 for shard in received.addressable_shards:
                     at = tuple(part.start or 0 for part in shard.index[: len(AXES)])
-                    wrong = _wrong(mesh, axes, pattern, at, np.asarray(shard.data).ravel(), size * members)
+                    wrong = _wrong(pattern, _group(mesh, axes, at), at, np.asarray(shard.data).ravel(), size)
                     if wrong and found[quantity := quantities[pattern.name]].passed:
-                        found[quantity] = Check(PART, name, quantity, 1.0, f"{wrong}, {size} each", 0.0)
+                        found[quantity] = Check(PART, name, quantity, 1.0, f"{wrong}, of {size}", 0.0)
         yield from found.values()
 
 
@@ -94,41 +91,44 @@ def _received(mesh: Mesh, of_axes: Sequence[Pattern], size: int) -> list[jax.Arr
         return jax.jit(jax.shard_map(on_device, in_specs=(), out_specs=P(*AXES)))()
 
 
-def _given(pattern: Pattern, device: int, size: int) -> np.ndarray:
-    place = np.arange(size)
-    return device * size + place if pattern.takes == MOVED else (device + 1) * (1 + place % 7)
-
-
-def _wrong(mesh: Mesh, axes: Sequence[str], pattern: Pattern, at: tuple[int, ...], got: np.ndarray, size: int) -> str:
-    """Which device has a wrong number of which other one, at the place `at` of the mesh; "" where none is wrong."""
+def _group(mesh: Mesh, axes: Sequence[str], at: tuple[int, ...]) -> dict[tuple[int, ...], int]:
+    """The devices that lie along `axes` with the one at the place `at`, in their order: place and number."""
     sizes = [mesh.shape[axis] for axis in AXES]
-    along = [AXES.index(axis) for axis in axes]
-    shape = [sizes[dim] for dim in along]
-    places = []  # of the group, in its order
-    for member in np.ndindex(*shape):
-        place = list(at)
-        for dim, number in zip(along, member, strict=True):
-            place[dim] = number
-        places.append(tuple(place))
-    own = places.index(tuple(at))
-    numbers = [int(np.ravel_multi_index(place, sizes)) for place in places]
-    given = np.stack([_given(pattern, number, size) for number in numbers])
+    free = [size if axis in axes else 1 for axis, size in zip(AXES, sizes, strict=True)]
+    fixed = [0 if axis in axes else place for axis, place in zip(AXES, at, strict=True)]
+    places = (tuple(map(sum, zip(fixed, member, strict=True))) for member in np.ndindex(*free))
+    return {place: int(np.ravel_multi_index(place, sizes)) for place in places}
+
+
+def _wrong(pattern: Pattern, group: dict[tuple[int, ...], int], at: tuple[int, ...], got: np.ndarray, size: int) -> str:
+    """Which device has a wrong number of which other one; "" where none is wrong.
+
+    Args:
+        pattern: what was called.
+        group: of `_group`.
+        at: the place of the device that has received `got`.
+        size: numbers that each has given.
+    """
+    own, place = list(group).index(at), np.arange(size, dtype=np.int32)
+    numbers = np.array([*group.values()], np.int32)[:, None]
+    given = numbers * size + place if pattern.takes == MOVED else (numbers + 1) * (1 + place % 7)
     expected = pattern.expected(given, own).ravel()
     if got.shape == expected.shape and (got == expected).all():
         return ""
-    here = _device(places[own])
+    here = _device(at)
     if got.shape != expected.shape:
         return f"{here} has {got.size} numbers of {expected.size}"
     first = int(np.flatnonzero(got != expected)[0])
 
     def named(number: int) -> str:
-        return _device(places[numbers.index(number)]) if number in numbers else "no device of its group"
+        places = [place for place, other in group.items() if other == number]
+        return _device(places[0]) if places else "no device of its group"
 
     if pattern.takes == MOVED:
         has, source = (named(int(of[first]) // size) for of in (got, expected))
         return f"{here} has a number of {has}, where one of {source} belongs"
-    at = first + (own * (size // len(places)) if pattern.name == "reduce_scatter" else 0)  # in what each device gives
-    times = (int(got[first]) - int(expected[first])) / (1 + at % 7)
+    given_at = first + (own * (size // len(group)) if pattern.name == "reduce_scatter" else 0)
+    times = (int(got[first]) - int(expected[first])) / (1 + given_at % 7)
     how = "lacks" if times < 0 else "has twice"
     return f"{here} {how} a number of {named(int(abs(times)) - 1 if times == int(times) else -1)}"
 

@@ -49,11 +49,10 @@ def scaled(config: Config, runs: Sequence[Config]) -> Config:
         float32_precision="highest",
     )
     accumulation = max(stages, min(config.train.accumulation, MICRO_BATCHES))
-    train = dataclasses.replace(
-        config.train, steps=10, batch_size=accumulation * math.lcm(ways("b"), 2), accumulation=accumulation
-    )
+    batch = accumulation * math.lcm(ways("b"), 2)
+    train = dataclasses.replace(config.train, steps=10, batch_size=batch, accumulation=accumulation, init_from=None)
     data = dataclasses.replace(config.data, sequence_length=GROUP * math.lcm(ways("s"), 8), tokenizer=f"ids:{VOCAB}")
-    # Else a long warm-up would leave ten steps without a change.
+    # A long warm-up would leave ten steps without a change; at 1e-2 rounding grows tenfold with each step.
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3, warmup_steps=2, decay_steps=20)
     return dataclasses.replace(config, model=small, train=train, data=data, optimizer=optimizer)
 

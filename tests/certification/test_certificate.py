@@ -158,7 +158,7 @@ def test_collectives_bring_what_they_must_or_two_devices_are_named(fault, monkey
     assert set(wrong) == {"exchange, attention", "exchange, expert", "exchange, attention and expert"}
     assert (
         wrong["exchange, expert"]
-        == "device 0x0x0 has a number of device 0x0x1, where one of device 0x0x0 belongs, 1 each"
+        == "device 0x0x0 has a number of device 0x0x1, where one of device 0x0x0 belongs, of 2"
     )
 
 
@@ -172,7 +172,7 @@ def test_a_missing_part_of_a_sum_names_whose_it_was(monkeypatch):
 
     monkeypatch.setattr(collectives, "total", wrong)
     found = {check.quantity: check.worst for check in patterns.checks(make_mesh(config((1, 4))), "ma:1x4")}
-    assert found["total, expert"] == "device 0x0x0 lacks a number of device 0x0x2, 2 each"
+    assert found["total, expert"] == "device 0x0x0 lacks a number of device 0x0x2, of 4"
     assert found["reduce_scatter, expert"] == ""
 
 
