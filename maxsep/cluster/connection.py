@@ -6,6 +6,11 @@ import socket
 import threading
 
 
+def line(**message) -> bytes:
+    """A message as it is sent."""
+    return json.dumps(message).encode() + b"\n"
+
+
 class Connection:
     """One end of it. Any thread may send; one receives."""
 
@@ -16,8 +21,12 @@ class Connection:
 
     def send(self, **message) -> None:
         """Sends a message. Where the other is gone it is dropped: whoever receives finds that out."""
+        self.send_line(line(**message))
+
+    def send_line(self, encoded: bytes) -> None:
+        """Sends what `line` has made: once, where many get the same."""
         with self._lock, contextlib.suppress(OSError):
-            self.link.sendall(json.dumps(message).encode() + b"\n")
+            self.link.sendall(encoded)
 
     def receive(self) -> dict | None:
         """The next message; None where the other is gone, or speaks something else."""

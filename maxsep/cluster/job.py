@@ -14,11 +14,12 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from maxsep.cluster.connection import Connection
+from maxsep.cluster.connection import Connection, line
 from maxsep.cluster.process import Process
 from maxsep.cluster.rollcall import Member
 from maxsep.config import cli
@@ -103,7 +104,8 @@ class Job:
         self._changed = threading.Condition()  # of what follows
         self._rounds = 0
         self._posted: dict[int, dict[int, object]] = {}  # at the hub: values by round and process
-        self._agreed: dict[int, list] = {}
+        self._reduced: dict[int, Callable[[list], Any]] = {}  # at the hub, by round
+        self._agreed: dict[int, Any] = {}
         self._farewell: End | None = None  # what the hub says to a process that leaves
         self._over = threading.Lock()  # held by the thread that ends this process
         for peer in self.peers:
@@ -158,22 +160,24 @@ class Job:
         finally:
             doing.waiting = False
 
-    def agree(self, value, seconds: float | None = None) -> list:
-        """The JSON values that all processes call this with, by number.
+    def agree(self, value, seconds: float | None = None, reduced: Callable[[list], Any] = list) -> Any:
+        """What process 0's `reduced` makes of the JSON values that all processes call this with, by number.
 
-        Returns when all have; after `seconds` with None for the others, where this process is about to fail.
+        By default it is the values: then an answer grows with the number of processes, and all answers with its square.
+        Returns when all have called; after `seconds` with None for the others, where this process is about to fail.
         """
         if not self.peers:
-            return [value]
+            return reduced([value])
         self._rounds += 1
         if self.first:
+            self._reduced[self._rounds] = reduced
             self._post(self._rounds, 0, value)
         else:
             self.peers[0].connection.send(round=self._rounds, value=value, doing=asdict(self.doing))
         with self.waiting():
             self._wait(lambda: self._rounds in self._agreed, time.monotonic() + (seconds or float("inf")))
         alone = [value if index == self.index else None for index in range(self.count)]
-        return self._agreed.pop(self._rounds, alone)
+        return self._agreed.pop(self._rounds) if self._rounds in self._agreed else reduced(alone)
 
     def _post(self, number: int, index: int, value) -> None:
         with self._changed:
@@ -181,11 +185,16 @@ class Job:
             values[index] = value
             if len(values) < self.count:
                 return
-            agreed = [value for _, value in sorted(self._posted.pop(number).items())]
+            agreed = self._reduced.pop(number)([value for _, value in sorted(self._posted.pop(number).items())])
             self._agreed[number] = agreed
             self._changed.notify_all()
+        self._send_all(round=number, agreed=agreed, doing=asdict(self.doing))
+
+    def _send_all(self, **message) -> None:
+        """The same to all peers."""
+        encoded = line(**message)
         for peer in self.peers:
-            peer.connection.send(round=number, agreed=agreed, doing=asdict(self.doing))
+            peer.connection.send_line(encoded)
 
     def leave(self, end: End) -> tuple[End, bool]:
         """This process is about to exit, with `end`. Returns when all are; where it alone is, the others are ended.
@@ -272,8 +281,8 @@ class Job:
                 for peer in self.peers:
                     peer.heard = now
             last, doing = now, self.doing
+            self._send_all(doing=asdict(doing))
             for peer in self.peers:
-                peer.connection.send(doing=asdict(doing))
                 silence = self.silence(peer.doing)
                 if now - peer.heard > silence and peer.left is None:
                     self._lost(peer, f"has been silent for {silence:g} s (train.heartbeat_seconds)")

@@ -160,11 +160,9 @@ class Loop:
     def stopping(self) -> bool:
         """Whether a signal has asked some process to end the run: all hear of it at the same point of the program."""
         asked = self.stop.asked or ("SIGPIPE" if console.unread() else None)
-        heard = self.job.agree([asked, self.checkpoints.ended])
-        for member, (asked, _) in zip(self.job.members, heard, strict=True):
-            if asked is not None and self.asked is None:
-                self.asked = f"{asked} in {member}" if self.job.count > 1 else asked
-        self.saved_everywhere = all(ended for _, ended in heard)
+        asked, index, self.saved_everywhere = self.job.agree([asked, self.checkpoints.ended], reduced=_heard)
+        if asked is not None and self.asked is None:
+            self.asked = f"{asked} in {self.job.members[index]}" if self.job.count > 1 else asked
         return self.asked is not None
 
     def take_steps(self, train_step, state: TrainState, at: Position) -> tuple[TrainState, Position]:
@@ -331,12 +329,24 @@ class Loop:
         except SaveError as e:
             error = e
             self.progress.print(f"warning: {e}")
-        errors = self.job.agree(error and str(error), None if error is None else ALIKE_SECONDS)
-        failed = [f"{e} ({member})" for e, member in zip(errors, self.job.members, strict=True) if e is not None]
-        if 0 < len(failed) < len(errors):
-            what = f"{failed[0]}; the same command resumes from the checkpoint before it"
+        seconds = None if error is None else ALIKE_SECONDS
+        failed, index, first = self.job.agree(error and str(error), seconds, reduced=_failed)
+        if 0 < failed < self.job.count:
+            what = f"{first} ({self.job.members[index]}); the same command resumes from the checkpoint before it"
             raise cli.Exit(cli.SAVE_FAILED, what) from error
         return error
+
+
+def _heard(said: list) -> list:
+    """The first signal that some process has got, the process's number, and whether a save has ended in all."""
+    signals = [(asked, index) for index, (asked, _) in enumerate(said) if asked is not None]
+    return [*(signals or [(None, None)])[0], all(ended for _, ended in said)]
+
+
+def _failed(errors: list) -> list:
+    """In how many processes a save has failed, the number of the first of them, and why."""
+    failed = [(index, error) for index, error in enumerate(errors) if error is not None]
+    return [len(failed), *(failed or [(None, None)])[0]]
 
 
 def _due(every: int, step: int) -> bool:

@@ -1,5 +1,8 @@
 """What a process of a job is given time for."""
 
+import json
+import threading
+
 import pytest
 
 from maxsep.cluster.job import Doing, Job
@@ -22,3 +25,29 @@ def test_a_save_is_stuck_after_its_own_limit(monkeypatch, seconds, ended_with):
     job.members = job.members * 2
     job._look_for_stuck([Doing("saving", 3, seconds=seconds, limit=2750.0), Doing("training", 3, True, seconds)])
     assert [ended_with in end for end in ends] == [True] * (ended_with is not None)
+
+
+class Link:
+    """A connection to a process that says nothing by itself."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send_line(self, encoded):
+        self.sent.append(json.loads(encoded))
+
+    def receive(self):
+        threading.Event().wait()
+
+
+def test_all_processes_hear_what_process_0_makes_of_their_words():
+    links = [Link(), Link()]
+    job = Job([Member.of(Process())] * 3, Process(0, 3), links, heartbeat=1e9, watchdog=1e9)
+    for index, word in ((2, "c"), (1, "b")):
+        job._post(1, index, word)
+    assert job.agree("a", reduced="".join) == "abc"
+    job._post(2, 1, 4)
+    job._post(2, 2, 5)
+    assert job.agree(3) == [3, 4, 5]
+    for link in links:
+        assert [message["agreed"] for message in link.sent if "agreed" in message] == ["abc", [3, 4, 5]]
