@@ -67,7 +67,7 @@ def test_a_layout_loses_no_more_than_its_type_does_on_one_device(dtype):
     reference = precision.Reference(own)
     found = list(precision.checks(reference, Rig(own)))
     assert {check.part for check in found} == {"dtype", "repeats"} and all(check.passed for check in found)
-    assert max(reference.lost["gradients"].values()) < {"float32": 1e-5, "bfloat16": 0.1}[dtype]
+    assert max(reference.lost["gradients"].values()) < {"float32": 1e-4, "bfloat16": 0.5}[dtype]
     assert choices.note(own, reference).startswith(f"choices: of 48 tokens chose other experts in {dtype} than")
 
 
